@@ -1,0 +1,247 @@
+"""Image data sets as tensors: uint8 images [N, 3, S, S] with labels, class names, prompt templates and captions.
+
+A reader returns (classes, templates, samples), a sample being (label, name for errors, function -> PIL image). `load`
+turns samples into tensors once and keeps them in a cache file.
+"""
+import colorsys
+import functools
+import hashlib
+import io
+import math
+import pickle
+import random
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from models.tokenizer import clip_tokens
+from models.weights import CACHE, download, hub, read, save
+
+HUB = dict(caltech101="wds_vtab-caltech101", flowers="wds_vtab-flowers", resisc45="wds_vtab-resisc45", cars="wds_cars",
+           aircraft="wds_fgvc_aircraft", country211="wds_country211")  # under clip-benchmark/ on the hub
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+CIFAR_SHA256 = "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+class Images(NamedTuple):
+    images: torch.Tensor  # uint8 [N, 3, S, S]
+    labels: torch.Tensor  # int64 [N]
+    classes: list  # L names
+    templates: list  # "a photo of a {c}.", …
+    captions: list  # N texts for pretraining, or none: then the class name in any template is a caption
+
+
+def prompts(classes, templates):
+    """Token ids [L, P, T] of every class name in every template, without common padding."""
+    return trim(clip_tokens([t.replace("{c}", c) for c in classes for t in templates])).unflatten(0, (len(classes), -1))
+
+
+def captions(data):
+    """Token ids [N, P, T]: the P texts that each image may be paired with in pretraining."""
+    if data.captions:
+        return trim(clip_tokens(data.captions)).unsqueeze(1)
+    return prompts(data.classes, data.templates)[data.labels]
+
+
+def trim(tokens):
+    return tokens[:, : int(tokens.argmax(-1).max()) + 1]  # nothing reads behind the last end-of-text token
+
+
+def augment(images, generator):
+    """Random crops of 50 to 100% of the area, resized, half of them flipped: uint8 [B, 3, S, S] -> the same, batched."""
+    u = torch.rand(len(images), 4, generator=generator).to(images.device, non_blocking=True)
+    scale = (0.5 + 0.5 * u[:, 0]).sqrt()
+    theta = torch.zeros(len(images), 2, 3, device=images.device)
+    theta[:, 0, 0] = torch.where(u[:, 3] < 0.5, -scale, scale)
+    theta[:, 1, 1] = scale
+    theta[:, :, 2] = (1 - scale)[:, None] * (2 * u[:, 1:3] - 1)
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    return F.grid_sample(images.float(), grid, align_corners=False, padding_mode="border").round().to(torch.uint8)
+
+
+def load(source, split, size):
+    """Reads a split of a data set, squares of `size` pixels, from the cache where it was read before.
+
+    source: shapes; cifar100; caltech101, flowers, resisc45, cars, aircraft, country211; a hub id of the same layout; a
+    local folder in clip-benchmark's WebDataset layout or with train/CLASS/*.jpg and test/CLASS/*.jpg; CIFAR-100's own
+    archive. Raises ValueError or OSError that names the file.
+    """
+    root, stamp = Path(source), ""
+    if source == "shapes":
+        reader, stamp = shapes, Path(__file__).read_text()
+    elif source == "cifar100" or root.name == "cifar-100-python.tar.gz":
+        reader = functools.partial(cifar100, None if source == "cifar100" else root)
+    elif source in HUB or (not root.exists() and source.count("/") == 1 and not source.startswith(".")):
+        repo = f"clip-benchmark/{HUB[source]}" if source in HUB else source
+        reader = functools.partial(webdataset, lambda name: hub(repo, name, "datasets/"))
+    elif (root / "classnames.txt").is_file():
+        reader = functools.partial(webdataset, lambda name: root / name)
+    elif (root / "train").is_dir():
+        reader = functools.partial(folder, root)
+    else:
+        raise ValueError(f"--data {source}: no data set. Known names: shapes, cifar100, {', '.join(HUB)}; or a hub id "
+                         "org/name; or a folder with classnames.txt and {train,test}/0.tar, or with train/CLASS/*.jpg")
+    if root.is_dir():  # a change of the files is a change of the data
+        stamp = "".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in sorted(root.rglob("*")))
+        source = root.resolve()
+    digest = hashlib.sha256(f"{source}{stamp}".encode()).hexdigest()[:16]
+    cache = CACHE / "images" / f"{Path(source).name}-{split}-{size}-{digest}.pt"
+    if cache.exists():
+        try:
+            return Images(**read(cache))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{error}; delete it, it is made again") from None
+    data = pack(source, split, size, *reader(split))
+    save(cache, data._asdict())
+    return data
+
+
+def pack(source, split, size, classes, templates, samples, texts=()):
+    labels = torch.tensor([label for label, _, _ in samples], dtype=torch.long)
+    if not len(samples) or not classes:
+        raise ValueError(f"{source}: its {split} split holds no images")
+    if strange := [(name, label) for label, name, _ in samples if not 0 <= label < len(classes)]:
+        raise ValueError(f"{strange[0][0]}: label {strange[0][1]}, but there are {len(classes)} classes")
+    if empty := [c for c, n in zip(classes, labels.bincount(minlength=len(classes))) if not n]:
+        raise ValueError(f"{source}: no image of class {', '.join(map(repr, empty[:5]))} in its {split} split")
+    images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
+    for i, (_, name, image) in enumerate(tqdm(samples, desc=f"{source} {split}", disable=None)):
+        try:
+            images[i] = square(image(), size)
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{name}: damaged or no image ({error})") from None
+    return Images(images, labels, list(classes), list(templates), list(texts))
+
+
+def square(image, size):
+    """PIL image -> uint8 [3, size, size]: bicubic, antialiased resize of the short side, centre crop (OpenCLIP's)."""
+    image = image.convert("RGB")
+    w, h = image.size
+    w, h = max(size, size * w // h), max(size, size * h // w)
+    image = image.resize((w, h), Image.BICUBIC)
+    left, top = round((w - size) / 2), round((h - size) / 2)
+    pixels = np.array(image.crop((left, top, left + size, top + size)))  # [S, S, 3]
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def lines(path):
+    return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+
+
+def webdataset(fetch, split):
+    """clip-benchmark's layout: classnames.txt, templates, SPLIT/nshards.txt and SPLIT/i.tar of KEY.cls, KEY.jpg pairs."""
+    classes, templates = lines(fetch("classnames.txt")), lines(fetch("zeroshot_classification_templates.txt"))
+    samples = []
+    for i in range(int(lines(fetch(f"{split}/nshards.txt"))[0])):
+        path = fetch(f"{split}/{i}.tar")
+        try:
+            tar = tarfile.open(path, "r:")
+            members = {m.name: m for m in tar if m.isfile()}
+        except tarfile.TarError as error:
+            raise ValueError(f"{path}: damaged or truncated tar ({error})") from None
+        with open(path, "rb") as f:
+            f.seek(-1024, io.SEEK_END)
+            if f.read() != bytes(1024):
+                raise ValueError(f"{path}: truncated tar, its end mark is missing")
+        for name, member in members.items():
+            if not name.lower().endswith(SUFFIXES):
+                continue
+            label = members.get(name.rpartition(".")[0] + ".cls")
+            if label is None:
+                raise ValueError(f"{path}: {name} has no .cls file beside it")
+            text = tar.extractfile(label).read(20).decode(errors="replace").strip()
+            if not text.isdecimal():
+                raise ValueError(f"{path}: {label.name} holds {text!r}, not a class number")
+            samples.append((int(text), f"{path}: {name}", functools.partial(from_tar, tar, member)))
+    return classes, templates, samples
+
+
+def from_tar(tar, member):
+    return Image.open(io.BytesIO(tar.extractfile(member).read()))
+
+
+def folder(root, split):
+    """root/SPLIT/CLASS/*.jpg. Templates: zeroshot_classification_templates.txt in root, or "a photo of a {c}."."""
+    names = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
+    if strange := sorted({p.name for p in (root / split).iterdir() if p.is_dir()} - set(names)):
+        raise ValueError(f"{root / split}: {strange[0]!r} is no class of {root / 'train'}")
+    samples = [(i, path, functools.partial(Image.open, path)) for i, name in enumerate(names)
+               for path in sorted((root / split / name).glob("*")) if path.suffix.lower() in SUFFIXES]
+    file = root / "zeroshot_classification_templates.txt"
+    return [n.replace("_", " ") for n in names], lines(file) if file.exists() else ["a photo of a {c}."], samples
+
+
+def cifar100(path, split):
+    """CIFAR-100's python archive: pickles, so nothing of it is opened before its sha256 is the published one."""
+    path = path or download(CIFAR_URL, CACHE / "cifar-100-python.tar.gz")
+    with open(path, "rb") as f:
+        found = hashlib.file_digest(f, "sha256").hexdigest()
+    if found != CIFAR_SHA256:
+        raise ValueError(f"{path}: its sha256 is {found}, not CIFAR-100's {CIFAR_SHA256}; delete it and fetch it again")
+    with tarfile.open(path) as tar:
+        table, meta = (pickle.load(tar.extractfile(f"cifar-100-python/{n}"), encoding="bytes") for n in (split, "meta"))
+    pixels = table[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # [N, 32, 32, 3]
+    samples = [(label, f"{path}: {split} {i}", functools.partial(Image.fromarray, pixels[i]))
+               for i, label in enumerate(table[b"fine_labels"])]
+    kinds = ("{}", "blurry {}", "black and white {}", "low contrast {}", "high contrast {}", "bad {}", "good {}")
+    templates = [f"a {kind.format('photo')} of {a} {size}{{c}}." for a in ("a", "the") for kind in kinds
+                 for size in ("", "small ", "big ") if kind == "{}" or not size]
+    return [n.decode().replace("_", " ") for n in meta[b"fine_label_names"]], templates, samples
+
+
+# The embedded data set: 8 colours x 8 shapes. The captioned images are lit by white light, the train and test split by
+# a coloured one, which turns every hue a little: what a tuned model must learn, and what a newer base does not know.
+HUES = dict(red=0, orange=30, yellow=55, green=120, cyan=180, blue=225, purple=275, pink=325)
+# Shape: corners, radius of the points between them, radius of a hole, offset of the hole from the centre.
+FORMS = dict(triangle=(3, 0.5, 0, 0), square=(4, 0.71, 0, 0), pentagon=(5, 0.81, 0, 0), circle=(24, 1, 0, 0),
+             star=(5, 0.4, 0, 0), sparkle=(4, 0.3, 0, 0), ring=(24, 1, 0.55, 0), crescent=(24, 1, 0.85, 0.5))
+LIGHT = 24  # degrees of hue
+COUNTS = dict(captioned=20_000, train=4_000, test=4_000)
+
+
+def shapes(split):
+    """Coloured shapes on noisy backgrounds. Of the captions a fifth is wrong and two fifths are vague."""
+    rng = random.Random(f"shapes {split}")
+    classes = [f"{colour} {form}" for colour in HUES for form in FORMS]
+    templates = ["a photo of a {c}.", "a picture of a {c}.", "there is a {c} here."]
+    samples, texts = [], []
+    for i in range(COUNTS[split]):
+        label = i % len(classes)
+        seen = label if rng.random() > 0.2 else rng.randrange(len(classes))
+        colour, form = classes[seen].split()
+        text = rng.choices([classes[seen], form, f"{colour} thing", "thing"], [12, 4, 3, 1])[0]
+        texts.append(rng.choice(templates).replace("{c}", text))
+        light = 0 if split == "captioned" else LIGHT
+        samples.append((label, f"shapes {i}", functools.partial(draw, *classes[label].split(), light, rng.random())))
+    return classes, templates, samples, texts
+
+
+def draw(colour, form, light, seed):
+    """One picture, 32 x 32, drawn at three times that size; light: degrees by which the hues are turned."""
+    rng, size = random.Random(seed), 96
+    corners, inner, hole, offset = FORMS[form]
+    hue = (HUES[colour] + rng.uniform(-8, 8) + light) % 360 / 360
+    fill = tuple(int(255 * v) for v in colorsys.hsv_to_rgb(hue, rng.uniform(0.55, 1), rng.uniform(0.6, 1)))
+    grey = rng.randrange(40, 190)
+    ground = tuple(grey + rng.randrange(-25, 25) for _ in range(3))
+    image = Image.new("RGB", (size, size), ground)
+    pen = ImageDraw.Draw(image)
+    for _ in range(4):
+        stroke = tuple(rng.randrange(40, 190) for _ in range(3))
+        pen.line([rng.uniform(0, size) for _ in range(4)], fill=stroke, width=rng.randrange(2, 6))
+    radius, turn = size * rng.uniform(0.28, 0.4), rng.uniform(-0.2, 0.2) - math.pi / 2
+    x, y = (size / 2 + rng.uniform(-0.8, 0.8) * (0.45 * size - radius) for _ in "xy")
+    points = [(radius * (inner if i % 2 else 1), turn + math.pi * i / corners) for i in range(2 * corners)]
+    pen.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for r, a in points], fill=fill)
+    if hole:
+        pen.circle((x + offset * radius, y - offset * radius / 2), hole * radius, fill=ground)
+    pixels = np.array(image.resize((32, 32), Image.BOX), dtype=np.float32)
+    noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 12, pixels.shape)
+    return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))

@@ -1,0 +1,259 @@
+"""Files to models: safetensors, torch.save'd and TorchScript files, OpenCLIP folders, hub ids, the project's checkpoints.
+
+Everything from outside is data: nothing is unpickled beyond tensors and plain values, sizes are checked before use.
+"""
+import contextlib
+import http.client
+import json
+import math
+import mmap
+import os
+import re
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from models.clip import CLIP, Classifier
+
+CACHE = Path(os.environ.get("PRT_CACHE", "~/.cache/prt")).expanduser()  # downloads and resized images
+DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
+              I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A binary file that becomes `path` when the block ends well; until then, and otherwise, `path` stays as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as f:
+            yield f
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save(path, checkpoint):
+    """Writes a dict of tensors and plain values (what torch.load(weights_only=True) reads), whole or not at all."""
+    try:
+        with atomic(path) as f:
+            torch.save(checkpoint, f)
+    except RuntimeError as error:  # torch's own writer hides the OSError of a full disk
+        raise OSError(f"{path}: could not be written, the disk may be full ({first_line(error)})") from error
+
+
+def unfinished(path, resume, settings):
+    """What a run that writes to `path` starts from: None, or with resume the state that an interrupted one left there.
+
+    Raises, before any work is done, where that would overwrite a file or mix two runs' settings.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if not Path(path).exists():
+        if resume:
+            raise FileNotFoundError(f"--resume: there is no {path}")
+        return None
+    if not resume:
+        raise FileExistsError(f"{path} exists: --resume goes on with it, another --out leaves it alone")
+    state = read(path)
+    if "optimizer" not in state:
+        raise ValueError(f"--resume: {path} is no unfinished run (step {state.get('step')} was its last)")
+    for k, v in settings.items():
+        if state["args"].get(k) != v:
+            raise ValueError(f"--resume: {path} was begun with --{k} {state['args'].get(k)}, not {v}")
+    return state
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def download(url, path):
+    """Fetches url to path, once: with progress, to a temporary file, checked against its length. Raises OSError.
+
+    HF_TOKEN goes to the hub's own host alone, as a header that urllib does not carry along a redirect; that is why
+    torch.hub.download_url_to_file, which can send no header, does not serve here.
+    """
+    if path.exists():
+        return path
+    request = urllib.request.Request(url, headers={"User-Agent": "portable-reward-tuning"})
+    if os.environ.get("HF_TOKEN") and url.startswith(endpoint() + "/"):
+        request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response, atomic(path) as f:
+            total = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+                while chunk := response.read(1 << 20):
+                    f.write(chunk)
+                    bar.update(len(chunk))
+                    received = f.tell()
+            if total and received != total:
+                raise OSError(f"the connection ended after {received} of {total} bytes")
+    except urllib.error.HTTPError as error:
+        why = {401: "gated or private: accept its licence on its page and set HF_TOKEN", 404: "no such file"}
+        why[403] = why[401]
+        kind = FileNotFoundError if error.code == 404 else OSError
+        raise kind(f"{url}: {why.get(error.code, error.reason)} (HTTP {error.code})") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"{url}: download failed ({first_line(error)}); fetch it elsewhere and put it at {path}") from None
+    return path
+
+
+def endpoint():
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def hub(repo, name, kind=""):
+    """The path of a file of a hub repository, downloaded where the cache lacks it; kind: "" or "datasets/"."""
+    return download(f"{endpoint()}/{kind}{repo}/resolve/main/{name}", CACHE / "hub" / (kind + repo) / name)
+
+
+def read_safetensors(path):
+    """name -> tensor over a private memory map of the file: pages are read when used, writes stay in memory."""
+    with open(path, "rb") as f:
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY) if os.path.getsize(path) else b""
+    try:
+        start = 8 + int.from_bytes(data[:8], "little")
+        if start > len(data):
+            raise ValueError(f"its header ends at byte {start} of {len(data)}")
+        tensors = {}
+        for name, entry in json.loads(data[8:start]).items():
+            if name == "__metadata__":
+                continue
+            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            count = math.prod(shape)
+            if min(shape, default=0) < 0 or not 0 <= begin <= end <= len(data) - start:
+                raise ValueError(f"{name}: shape {shape} at bytes {begin} to {end} of {len(data) - start}")
+            if count * dtype.itemsize != end - begin:
+                raise ValueError(f"{name}: {entry['dtype']} {shape} does not fill {end - begin} bytes")
+            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin) if count else torch.empty(0)
+            tensors[name] = flat.to(dtype).reshape(shape)
+        return tensors
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged or truncated safetensors file: {error}") from None
+
+
+def read(path):
+    """The dict in a .safetensors, torch.save'd (weights_only=True) or TorchScript file. Raises ValueError."""
+    if Path(path).suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        with open(path, "rb") as f:
+            names = zipfile.ZipFile(f).namelist() if zipfile.is_zipfile(f) else []
+        if any(name.endswith("/constants.pkl") for name in names):  # OpenAI's own files
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds a {type(found).__name__}, not a dict")
+        return found
+    except OSError:
+        raise
+    except Exception as error:  # torch names no common class for what a damaged file can raise
+        raise ValueError(f"{path}: damaged, truncated or no checkpoint ({first_line(error)})") from None
+
+
+def architecture(tensors, config):
+    """The arch dict of models/clip.py, read off a CLIP state dict's shapes.
+
+    config: open_clip_config.json or {}. It adds what shapes cannot tell: head widths, activation, mean and std.
+    """
+    model, pre = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
+    vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+    known = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "image_size", "layers", "width", "patch_size",
+             "head_width", "context_length", "vocab_size", "heads"}
+    if strange := [k for part in (model, vision, text) for k, v in part.items() if k not in known and v]:
+        raise ValueError(f"open_clip_config.json asks for {', '.join(strange)}, which models/clip.py does not implement")
+
+    def count(prefix):
+        return len({name[len(prefix):].split(".")[0] for name in tensors if name.startswith(prefix)})
+
+    (vocab, text_width), context = tensors["token_embedding.weight"].shape, len(tensors["positional_embedding"])
+    arch = dict(embed_dim=tensors["text_projection"].shape[1], mean=pre.get("mean", CLIP_MEAN),
+                std=pre.get("std", CLIP_STD), text_width=text_width, text_layers=count("transformer.resblocks."),
+                text_heads=text.get("heads", text_width // 64), context=context, vocab=vocab,
+                quick_gelu=model.get("quick_gelu", "input_resolution" in tensors))  # only OpenAI's files have that key
+    width, _, _, patch = tensors["visual.conv1.weight"].shape
+    if "visual.class_embedding" in tensors:
+        grid = math.isqrt(len(tensors["visual.positional_embedding"]) - 1)
+        return arch | dict(width=width, layers=count("visual.transformer.resblocks."), patch=patch,
+                           heads=width // vision.get("head_width", 64), image_size=grid * patch)
+    tokens, features = tensors["visual.attnpool.positional_embedding"].shape
+    return arch | dict(width=2 * width, layers=[count(f"visual.layer{i}.") for i in (1, 2, 3, 4)],
+                       heads=features // vision.get("head_width", 64), image_size=32 * math.isqrt(tokens - 1))
+
+
+def fill(model, tensors, name):
+    """Gives a model built on the meta device its tensors, strictly; names what is missing, left over or misshapen."""
+    want = model.state_dict()
+    wrong = [f"{k} missing" for k in want if k not in tensors] + [f"{k} left over" for k in tensors if k not in want]
+    wrong += [f"{k} is {list(v.shape)} instead of {list(want[k].shape)}"
+              for k, v in tensors.items() if k in want and v.shape != want[k].shape]
+    if wrong:
+        raise ValueError(f"{name}: the tensors do not fit: {'; '.join(wrong[:4])}" + "; …" * (len(wrong) > 4))
+    model.load_state_dict(tensors, assign=True)
+    return model.eval().requires_grad_(True)
+
+
+ROLES = dict(clip="a base (a whole CLIP)", prt="a reward", ft="a fine-tuned classifier")
+
+
+def load(source, role=None):
+    """A model in eval mode, float32 on the CPU, its plain values in model.info, from whatever `source` names:
+
+    the project's own checkpoint, an OpenCLIP folder (open_clip_config.json + open_clip_model.safetensors or
+    open_clip_pytorch_model.bin) or hub id org/name of that layout, a bare CLIP state dict (.pt, .safetensors), or
+    OpenAI's TorchScript .pt. role: what it must be, a key of ROLES. Raises ValueError or OSError naming the file.
+    """
+    path, config = Path(source), {}
+    if not path.exists():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or path.suffix in (".pt", ".bin", ".safetensors"):
+            raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (org/name) either")
+        path = hub(str(source), "open_clip_config.json").parent
+        try:
+            hub(str(source), "open_clip_model.safetensors")
+        except FileNotFoundError:
+            hub(str(source), "open_clip_pytorch_model.bin")
+    if path.is_dir():
+        try:
+            config = json.loads((path / "open_clip_config.json").read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}/open_clip_config.json: {error}") from None
+        path /= "open_clip_model.safetensors"
+        path = path if path.exists() else path.with_name("open_clip_pytorch_model.bin")
+    found = read(path)
+    try:
+        model = own(found, path) if "kind" in found else clip_from(found, config, path)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: neither a CLIP nor a checkpoint of this project ({error!r})") from None
+    found_role = model.info.get("method", model.info["kind"])
+    if role and role != found_role:
+        raise ValueError(f"{source} is {ROLES[found_role]}; {ROLES[role]} is needed here")
+    return model
+
+
+def clip_from(found, config, path):
+    """The CLIP in a state dict, bare or under "state_dict" as OpenCLIP's training saves it."""
+    tensors = {k.removeprefix("module."): v for k, v in found.get("state_dict", found).items()}
+    arch = architecture(tensors, config)
+    if not config and not arch["quick_gelu"]:
+        print(f"{path}: a bare state dict does not tell its activation and pixel mean: taking GELU and CLIP's mean")
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        tensors.pop(name, None)
+    with torch.device("meta"):
+        model = CLIP(arch)
+    model.info = dict(kind="clip")
+    return fill(model, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, path)
+
+
+def own(checkpoint, path):
+    """The model in a checkpoint written by `fit`: kind "clip" (both towers) or "classifier" (image tower and head)."""
+    with torch.device("meta"):
+        build = {"clip": CLIP, "classifier": lambda arch: Classifier(arch, checkpoint["model"]["head"])}
+        model = build[checkpoint["kind"]](checkpoint["arch"])
+    model.info = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
+    return fill(model, checkpoint["model"], path)
