@@ -2,7 +2,7 @@
 
 python eval.py --reward out/shapes-0/reward.pt --base out/shapes-0/new.pt
 python eval.py --reward reward.pt --base laion/CLIP-ViT-B-16-laion2B-s34B-b88K --beta 0.5 1 2
-python eval.py --reward reward.pt --base new.pt --tuned ft.pt --ref old.pt --oracle new_ft.pt --picture grid.png
+python eval.py --reward reward.pt --base new.pt --tuned ft.pt --oracle new_ft.pt --picture grid.png
 """
 import argparse
 import functools
@@ -22,7 +22,7 @@ from models import weights
 from models.clip import classifier
 
 PROC = Path("/proc/self")
-COLUMNS = dict(top1="{:.2%}", nll="{:.3f}", kl="{:.3f}", ms="{:.3f}", mib="{:.0f}")
+COLUMNS = dict(top1="{:.2%}", nll="{:.3f}", kl="{:.3f}", ms="{:.3f}", mib="{:.1f}")
 HEADINGS = dict(top1="top-1", nll="NLL", kl="KL", ms="ms/image", mib="MiB")
 
 
@@ -31,7 +31,7 @@ def parse():
     p.add_argument("--reward", nargs="+", required=True, help="reward checkpoints; several are added up")
     p.add_argument("--base", required=True, help="the base to put it on: checkpoint, folder or hub id")
     p.add_argument("--data", help="the test data, where it is not the reward's own")
-    p.add_argument("--beta", nargs="+", type=float, help="strengths 1/beta of the reward (default: as it was trained)")
+    p.add_argument("--beta", nargs="+", type=float, help="default: the one it was trained with")
     p.add_argument("--tuned", help="the source fine-tuned (train_vision.py --method ft): adds EFT")
     p.add_argument("--ref", help="the source base (default: the one that the checkpoint names)")
     p.add_argument("--oracle", help="the new base itself fine-tuned: the upper line")
@@ -51,7 +51,7 @@ def main():
     rewards = [weights.load(path, "prt") for path in args.reward]
     info, source = rewards[0].info, args.ref or rewards[0].info["source"]
     name = args.data or info["data"]
-    view = functools.cache(lambda size: images.load(name, "test", size))  # every model sees its own resolution
+    view = functools.cache(lambda size: images.load(name, "test", size))  # each model at its own resolution
     data = view(rewards[0].arch["image_size"])
     for path, model in zip(args.reward, rewards):
         same_classes(path, model.info["classes"], f"--data {name}", data.classes)
@@ -91,9 +91,9 @@ def main():
 
     answers = [row("base alone", F.log_softmax(logits(base), -1), logits(base), base)]
     for title, group in added(args.reward, rewards):
-        for beta in args.beta or [None]:
-            answers.append(row(f"base + {title}", tilted(logits(base), group, logits, beta), logits(base), base, *group,
-                               beta=beta or group[0].info["beta"]))
+        for beta in args.beta or [group[0].info["beta"]]:
+            log_probs = tilted(logits(base), group, logits, args.beta and beta)
+            answers.append(row(f"base + {title}", log_probs, logits(base), base, *group, beta=beta))
     if ref:
         row("source alone", F.log_softmax(logits(ref), -1), logits(ref), ref)
         row("source + reward", tilted(logits(ref), rewards[:1], logits), logits(ref), ref, rewards[0],
@@ -105,9 +105,10 @@ def main():
     if oracle:
         row("base fine-tuned", F.log_softmax(logits(oracle), -1), logits(base), oracle)
 
+    cuda = device.type == "cuda"
     about = dict(data=name, images=len(data.labels), base=args.base, rewards=args.reward, batch=args.batch,
-                 device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-                 dtype="bfloat16 autocast" if device.type == "cuda" else "float32", torch=torch.__version__)
+                 device=torch.cuda.get_device_name() if cuda else f"CPU ({torch.get_num_threads()} threads)",
+                 dtype="bfloat16 autocast" if cuda else "float32", torch=torch.__version__)
     table(rows, about)
     if args.json:
         with weights.atomic(args.json) as f:
@@ -120,8 +121,9 @@ def main():
 
 def same_classes(name, classes, other, other_classes):
     if classes != other_classes:
-        differ = next((f"{a!r} and {b!r}" for a, b in zip(classes, other_classes) if a != b), "one list is longer")
-        raise ValueError(f"{name} has {len(classes)} classes and {other} {len(other_classes)}, not the same ones: {differ}")
+        differ = [f"{a!r} and {b!r}" for a, b in zip(classes, other_classes) if a != b] + ["the number"]
+        raise ValueError(f"{name} has {len(classes)} classes, {other} {len(other_classes)}: they must be the "
+                         f"same, but {differ[0]} differ")
 
 
 def added(paths, rewards):
@@ -132,7 +134,7 @@ def added(paths, rewards):
 
 
 def tilted(base_logits, rewards, logits, beta=None):
-    """log-probabilities of the base under the sum of r / beta, each reward by default at the beta of its training."""
+    """Log-probabilities of the base tilted by the sum of r / beta; beta: by default that of each training."""
     r = sum(prt.reward(logits(m), beta=m.info["beta"]) / (beta or m.info["beta"]) for m in rewards)
     return prt.tilt(base_logits, r)
 
@@ -140,8 +142,8 @@ def tilted(base_logits, rewards, logits, beta=None):
 def measure(models, inputs, device, repeats=5):
     """(ms per image, peak MiB) of one batch through all the models, one after the other.
 
-    The device is synchronised, the first batch is not counted, the median of the others is. The memory is that of these
-    models' weights plus what the batch adds at its peak.
+    The device is synchronised; the first batch does not count, the median of the others does. The memory is
+    that of these models' weights plus what the batch adds at its peak.
     """
     inputs = [x.to(device) for x in inputs]
     models = [m.to(device) for m in models]
@@ -162,7 +164,7 @@ def measure(models, inputs, device, repeats=5):
 
 
 def reset_peak(device):
-    """Forgets the peak of the memory and returns what is in use, in MiB (nan where the system does not tell)."""
+    """Forgets the peak of the memory; returns what is in use, in MiB (nan where the system does not tell)."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -177,7 +179,9 @@ def peak(device):
 
 
 def resident(key):
-    return int((PROC / "status").read_text().split(key + ":")[1].split()[0]) / 2**10 if PROC.exists() else math.nan
+    if not PROC.exists():
+        return math.nan
+    return int((PROC / "status").read_text().split(key + ":")[1].split()[0]) / 2**10
 
 
 def table(rows, about):
@@ -190,7 +194,7 @@ def table(rows, about):
 
 
 def picture(data, *answers, columns=8, rows=4, cell=120):
-    """A grid of random test images, under each the answers [N] of two models: right ones green, wrong ones red."""
+    """A grid of random test images, under each two models' answers [N]: right ones green, wrong ones red."""
     n = min(columns * rows, len(data.labels))
     chosen = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))[:n].tolist()
     sheet = Image.new("RGB", (columns * cell, -(-n // columns) * (cell + 30)), "white")

@@ -1,7 +1,8 @@
-"""Image data sets as tensors: uint8 images [N, 3, S, S] with labels, class names, prompt templates and captions.
+"""Image data sets as tensors: uint8 images [N, 3, S, S] with labels, class names, prompt templates and
+captions.
 
-A reader returns (classes, templates, samples), a sample being (label, name for errors, function -> PIL image). `load`
-turns samples into tensors once and keeps them in a cache file.
+A reader returns (classes, templates, samples), a sample being (label, name for errors, function -> PIL
+image). `load` turns samples into tensors once and keeps them in a cache file.
 """
 import colorsys
 import functools
@@ -23,8 +24,8 @@ from tqdm import tqdm
 from models.tokenizer import clip_tokens
 from models.weights import CACHE, download, hub, read, save
 
-HUB = dict(caltech101="wds_vtab-caltech101", flowers="wds_vtab-flowers", resisc45="wds_vtab-resisc45", cars="wds_cars",
-           aircraft="wds_fgvc_aircraft", country211="wds_country211")  # under clip-benchmark/ on the hub
+HUB = dict(caltech101="wds_vtab-caltech101", flowers="wds_vtab-flowers", resisc45="wds_vtab-resisc45",
+           cars="wds_cars", aircraft="wds_fgvc_aircraft", country211="wds_country211")  # of clip-benchmark
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 CIFAR_SHA256 = "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -40,7 +41,8 @@ class Images(NamedTuple):
 
 def prompts(classes, templates):
     """Token ids [L, P, T] of every class name in every template, without common padding."""
-    return trim(clip_tokens([t.replace("{c}", c) for c in classes for t in templates])).unflatten(0, (len(classes), -1))
+    tokens = clip_tokens([t.replace("{c}", c) for c in classes for t in templates])  # [L * P, 77]
+    return trim(tokens).unflatten(0, (len(classes), -1))
 
 
 def captions(data):
@@ -55,7 +57,8 @@ def trim(tokens):
 
 
 def augment(images, generator):
-    """Random crops of 50 to 100% of the area, resized, half of them flipped: uint8 [B, 3, S, S] -> the same, batched."""
+    """Random crops of 50 to 100% of the area, resized, half of them flipped: uint8 [B, 3, S, S] -> the
+    same, batched."""
     u = torch.rand(len(images), 4, generator=generator).to(images.device, non_blocking=True)
     scale = (0.5 + 0.5 * u[:, 0]).sqrt()
     theta = torch.zeros(len(images), 2, 3, device=images.device)
@@ -63,15 +66,16 @@ def augment(images, generator):
     theta[:, 1, 1] = scale
     theta[:, :, 2] = (1 - scale)[:, None] * (2 * u[:, 1:3] - 1)
     grid = F.affine_grid(theta, images.shape, align_corners=False)
-    return F.grid_sample(images.float(), grid, align_corners=False, padding_mode="border").round().to(torch.uint8)
+    crops = F.grid_sample(images.float(), grid, align_corners=False, padding_mode="border")
+    return crops.round().to(torch.uint8)
 
 
 def load(source, split, size):
     """Reads a split of a data set, squares of `size` pixels, from the cache where it was read before.
 
-    source: shapes; cifar100; caltech101, flowers, resisc45, cars, aircraft, country211; a hub id of the same layout; a
-    local folder in clip-benchmark's WebDataset layout or with train/CLASS/*.jpg and test/CLASS/*.jpg; CIFAR-100's own
-    archive. Raises ValueError or OSError that names the file.
+    source: shapes; cifar100; caltech101, flowers, resisc45, cars, aircraft, country211; a hub id of the
+    same layout; a local folder in clip-benchmark's WebDataset layout or with train/CLASS/*.jpg and
+    test/CLASS/*.jpg; CIFAR-100's own archive. Raises ValueError or OSError that names the file.
     """
     root, stamp = Path(source), ""
     if source == "shapes":
@@ -86,8 +90,8 @@ def load(source, split, size):
     elif (root / "train").is_dir():
         reader = functools.partial(folder, root)
     else:
-        raise ValueError(f"--data {source}: no data set. Known names: shapes, cifar100, {', '.join(HUB)}; or a hub id "
-                         "org/name; or a folder with classnames.txt and {train,test}/0.tar, or with train/CLASS/*.jpg")
+        raise ValueError(f"--data {source}: unknown. There are shapes, cifar100, {', '.join(HUB)}; hub ids "
+                         "(org/name); folders with classnames.txt and train/0.tar, or train/CLASS/*.jpg")
     if root.is_dir():  # a change of the files is a change of the data
         stamp = "".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in sorted(root.rglob("*")))
         source = root.resolve()
@@ -110,7 +114,7 @@ def pack(source, split, size, classes, templates, samples, texts=()):
     if strange := [(name, label) for label, name, _ in samples if not 0 <= label < len(classes)]:
         raise ValueError(f"{strange[0][0]}: label {strange[0][1]}, but there are {len(classes)} classes")
     if empty := [c for c, n in zip(classes, labels.bincount(minlength=len(classes))) if not n]:
-        raise ValueError(f"{source}: no image of class {', '.join(map(repr, empty[:5]))} in its {split} split")
+        raise ValueError(f"{source}: its {split} split has no image of class {', '.join(empty[:5])}")
     images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
     for i, (_, name, image) in enumerate(tqdm(samples, desc=f"{source} {split}", disable=None)):
         try:
@@ -121,7 +125,8 @@ def pack(source, split, size, classes, templates, samples, texts=()):
 
 
 def square(image, size):
-    """PIL image -> uint8 [3, size, size]: bicubic, antialiased resize of the short side, centre crop (OpenCLIP's)."""
+    """PIL image -> uint8 [3, size, size]: bicubic, antialiased resize of the short side, centre crop
+    (OpenCLIP's)."""
     image = image.convert("RGB")
     w, h = image.size
     w, h = max(size, size * w // h), max(size, size * h // w)
@@ -136,7 +141,8 @@ def lines(path):
 
 
 def webdataset(fetch, split):
-    """clip-benchmark's layout: classnames.txt, templates, SPLIT/nshards.txt and SPLIT/i.tar of KEY.cls, KEY.jpg pairs."""
+    """clip-benchmark's layout: classnames.txt, templates, SPLIT/nshards.txt and SPLIT/i.tar of KEY.cls,
+    KEY.jpg pairs."""
     classes, templates = lines(fetch("classnames.txt")), lines(fetch("zeroshot_classification_templates.txt"))
     samples = []
     for i in range(int(lines(fetch(f"{split}/nshards.txt"))[0])):
@@ -168,36 +174,40 @@ def from_tar(tar, member):
 
 
 def folder(root, split):
-    """root/SPLIT/CLASS/*.jpg. Templates: zeroshot_classification_templates.txt in root, or "a photo of a {c}."."""
+    """root/SPLIT/CLASS/*.jpg. Templates: zeroshot_classification_templates.txt in root, or "a photo of a
+    {c}."."""
     names = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
     if strange := sorted({p.name for p in (root / split).iterdir() if p.is_dir()} - set(names)):
         raise ValueError(f"{root / split}: {strange[0]!r} is no class of {root / 'train'}")
     samples = [(i, path, functools.partial(Image.open, path)) for i, name in enumerate(names)
                for path in sorted((root / split / name).glob("*")) if path.suffix.lower() in SUFFIXES]
     file = root / "zeroshot_classification_templates.txt"
-    return [n.replace("_", " ") for n in names], lines(file) if file.exists() else ["a photo of a {c}."], samples
+    templates = lines(file) if file.exists() else ["a photo of a {c}."]
+    return [name.replace("_", " ") for name in names], templates, samples
 
 
 def cifar100(path, split):
-    """CIFAR-100's python archive: pickles, so nothing of it is opened before its sha256 is the published one."""
+    """CIFAR-100's python archive: pickles, so nothing of it is opened before its sha256 is the published
+    one."""
     path = path or download(CIFAR_URL, CACHE / "cifar-100-python.tar.gz")
     with open(path, "rb") as f:
         found = hashlib.file_digest(f, "sha256").hexdigest()
     if found != CIFAR_SHA256:
-        raise ValueError(f"{path}: its sha256 is {found}, not CIFAR-100's {CIFAR_SHA256}; delete it and fetch it again")
+        raise ValueError(f"{path}: sha256 {found}, but CIFAR-100's is {CIFAR_SHA256}; fetch it again")
     with tarfile.open(path) as tar:
-        table, meta = (pickle.load(tar.extractfile(f"cifar-100-python/{n}"), encoding="bytes") for n in (split, "meta"))
+        table, meta = (pickle.load(tar.extractfile(f"cifar-100-python/{name}"), encoding="bytes")
+                       for name in (split, "meta"))
     pixels = table[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # [N, 32, 32, 3]
     samples = [(label, f"{path}: {split} {i}", functools.partial(Image.fromarray, pixels[i]))
                for i, label in enumerate(table[b"fine_labels"])]
-    kinds = ("{}", "blurry {}", "black and white {}", "low contrast {}", "high contrast {}", "bad {}", "good {}")
-    templates = [f"a {kind.format('photo')} of {a} {size}{{c}}." for a in ("a", "the") for kind in kinds
-                 for size in ("", "small ", "big ") if kind == "{}" or not size]
+    kinds = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
+    templates = [f"a {kind}photo of {a} {{c}}." for a in ("a", "the") for kind in kinds]
+    templates += [f"a photo of {a} {size} {{c}}." for a in ("a", "the") for size in ("small", "big")]
     return [n.decode().replace("_", " ") for n in meta[b"fine_label_names"]], templates, samples
 
 
-# The embedded data set: 8 colours x 8 shapes. The captioned images are lit by white light, the train and test split by
-# a coloured one, which turns every hue a little: what a tuned model must learn, and what a newer base does not know.
+# The embedded data set: 8 colours x 8 forms. The captioned images are lit by white light, the train and test
+# split by a coloured one that turns every hue a little: what the tuned model learns and no newer base knows.
 HUES = dict(red=0, orange=30, yellow=55, green=120, cyan=180, blue=225, purple=275, pink=325)
 # Shape: corners, radius of the points between them, radius of a hole, offset of the hole from the centre.
 FORMS = dict(triangle=(3, 0.5, 0, 0), square=(4, 0.71, 0, 0), pentagon=(5, 0.81, 0, 0), circle=(24, 1, 0, 0),
@@ -219,7 +229,8 @@ def shapes(split):
         text = rng.choices([classes[seen], form, f"{colour} thing", "thing"], [12, 4, 3, 1])[0]
         texts.append(rng.choice(templates).replace("{c}", text))
         light = 0 if split == "captioned" else LIGHT
-        samples.append((label, f"shapes {i}", functools.partial(draw, *classes[label].split(), light, rng.random())))
+        image = functools.partial(draw, *classes[label].split(), light, rng.random())
+        samples.append((label, f"shapes {i}", image))
     return classes, templates, samples, texts
 
 

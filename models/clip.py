@@ -1,8 +1,8 @@
-"""CLIP (Radford et al. 2021) with OpenAI's and OpenCLIP's parameter names, so that their state dicts load strictly.
+"""CLIP (Radford et al. 2021), its parameters named as in OpenAI's and OpenCLIP's checkpoints.
 
-An architecture is a dict of plain values (`architecture` in models/weights.py reads it off a state dict):
-embed_dim, image_size, mean, std, quick_gelu, and for the text tower text_width, text_layers, text_heads, context,
-vocab; for a ViT width, layers (an int), patch, heads; for a ModifiedResNet width, layers (four ints), heads.
+An architecture is a dict of plain values, which models/weights.py reads off a state dict: embed_dim,
+image_size, mean, std, quick_gelu; for the text tower text_width, text_layers, text_heads, context, vocab;
+for a ViT width, layers (an int), patch, heads; for a ModifiedResNet width, layers (four ints), heads.
 """
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,8 @@ class VisionTransformer(nn.Module):
         scale = width**-0.5
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn((arch["image_size"] // patch) ** 2 + 1, width))
+        tokens = (arch["image_size"] // patch) ** 2 + 1
+        self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, arch["layers"], arch["heads"], act)
         self.ln_post = nn.LayerNorm(width)
@@ -121,21 +122,23 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """RN50, RN101: a three-convolution stem, anti-aliased strides, attention instead of the last average pool."""
+    """RN50, RN101: a three-convolution stem, anti-aliased strides, attention in place of the last pool."""
 
     def __init__(self, arch):
         super().__init__()
         width, inputs = arch["width"], arch["width"]
-        self.conv1, self.bn1 = nn.Conv2d(3, width // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(width // 2)
-        self.conv2, self.bn2 = nn.Conv2d(width // 2, width // 2, 3, 1, 1, bias=False), nn.BatchNorm2d(width // 2)
-        self.conv3, self.bn3 = nn.Conv2d(width // 2, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        half = width // 2
+        self.conv1, self.bn1 = nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(half)
+        self.conv2, self.bn2 = nn.Conv2d(half, half, 3, padding=1, bias=False), nn.BatchNorm2d(half)
+        self.conv3, self.bn3 = nn.Conv2d(half, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
         for i, blocks in enumerate(arch["layers"]):
             planes, layer = width * 2**i, nn.Sequential()
             for j in range(blocks):
                 layer.append(Bottleneck(inputs, planes, stride=2 if i and not j else 1))
                 inputs = 4 * planes
             self.add_module(f"layer{i + 1}", layer)
-        self.attnpool = AttentionPool((arch["image_size"] // 32) ** 2, inputs, arch["heads"], arch["embed_dim"])
+        tokens = (arch["image_size"] // 32) ** 2
+        self.attnpool = AttentionPool(tokens, inputs, arch["heads"], arch["embed_dim"])
 
     def forward(self, x):
         for i in "123":
@@ -150,11 +153,12 @@ def image_tower(arch):
 
 
 def normalize(images, arch):
-    """uint8 [B, 3, S, S] -> float32, by the weights' own mean and std; floats are taken as normalised already."""
+    """uint8 [B, 3, S, S] -> float32, by the weights' own mean and std; floats are taken as normalised
+    already."""
     if images.dtype != torch.uint8:
         return images
-    mean, std = (torch.tensor(arch[k]).view(3, 1, 1).to(images.device, non_blocking=True) for k in ("mean", "std"))
-    return (images / 255 - mean) / std
+    mean, std = (torch.tensor(arch[k]).to(images.device, non_blocking=True) for k in ("mean", "std"))
+    return (images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
 class CLIP(nn.Module):
@@ -172,13 +176,15 @@ class CLIP(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def encode_image(self, images):
-        """Float images [B, 3, S, S], already normalised by arch's mean and std -> features [B, E], not normalised."""
+        """Float images [B, 3, S, S], normalised by the weights' mean and std -> features [B, E], not
+        normalised."""
         return self.visual(images)
 
     def encode_text(self, tokens):
         """Token ids [B, T], T at most the context -> features [B, E], not normalised.
 
-        The end-of-text id is the vocabulary's largest; the feature is read there, so padding behind it is never seen.
+        The end-of-text id is the vocabulary's largest; the feature is read there, so padding behind it is
+        never seen.
         """
         x = self.token_embedding(tokens)
         x = x + self.positional_embedding[: tokens.shape[1]].to(x.dtype)
@@ -188,9 +194,10 @@ class CLIP(nn.Module):
         return self.ln_final(x) @ self.text_projection
 
     def forward(self, images, tokens):
-        """Images [B, ...] and their captions [B, T] -> contrastive logits [2B, B]: images over texts, texts over images.
+        """Images [B, 3, S, S] and their captions [B, T] -> logits [2B, B]: images over texts, texts over
+        images.
 
-        Cross-entropy with targets 0..B-1, twice, is CLIP's loss.
+        Their cross-entropy with the targets 0..B-1, twice, is CLIP's contrastive loss.
         """
         image = F.normalize(self.encode_image(normalize(images, self.arch)).float(), dim=-1)
         text = F.normalize(self.encode_text(tokens).float(), dim=-1)
@@ -199,7 +206,7 @@ class CLIP(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Image tower and fixed head [L, E]: images [B, 3, S, S] (uint8, or float and normalised) -> logits [B, L]."""
+    """Image tower and fixed head [L, E]: images [B, 3, S, S], uint8 or normalised floats -> logits [B, L]."""
 
     def __init__(self, arch, head):
         super().__init__()
@@ -216,15 +223,16 @@ class Classifier(nn.Module):
 def classifier(clip, prompts):
     """The zero-shot classifier of a CLIP and its tokenised class prompts [L, P, T] (P templates a class).
 
-    Head: text features, normalised, averaged over the templates, normalised, times exp(logit_scale). The image tower
-    is shared with the CLIP, not copied.
+    Head: text features, normalised, averaged over the templates, normalised, times exp(logit_scale). The
+    image tower is shared with the CLIP, not copied. Raises ValueError where the CLIP cannot hold the
+    prompts.
     """
-    vocab, context = clip.arch["vocab"], clip.arch["context"]
-    if int(prompts.max()) >= vocab or prompts.shape[-1] > context:
-        raise ValueError(f"this CLIP has {vocab} tokens and {context} positions; the prompts need "
-                         f"{int(prompts.max()) + 1} and {prompts.shape[-1]}")
+    have, need = (clip.arch["vocab"], clip.arch["context"]), (int(prompts.max()) + 1, prompts.shape[-1])
+    if need > have or need[1] > have[1]:
+        raise ValueError(f"the prompts need (vocabulary, positions) {need}, this CLIP has {have}")
     device = clip.logit_scale.device
-    head = torch.stack([F.normalize(clip.encode_text(p.to(device)), dim=-1).mean(0) for p in prompts])  # [L, E]
+    texts = (F.normalize(clip.encode_text(p.to(device)), dim=-1) for p in prompts)  # each [P, E]
+    head = torch.stack([text.mean(0) for text in texts])  # [L, E]
     head = F.normalize(head, dim=-1) * clip.logit_scale.exp()
     with torch.device("meta"):
         model = Classifier(clip.arch, head)

@@ -11,12 +11,12 @@ import torch
 
 MERGES = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")  # from OpenAI's CLIP release, MIT
 WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
-CLEAN = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl",
-                       "\x00": " "})
+CLEAN = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi",
+                       "ﬄ": "ffl", "\x00": " "})
 
 
 def byte_alphabet():
-    """The byte that each printable character of a byte-level BPE file stands for, in GPT-2's order of the bytes."""
+    """The byte that each character of a byte-level BPE file stands for, in GPT-2's order of the bytes."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
@@ -24,7 +24,8 @@ def byte_alphabet():
 
 @functools.cache
 def clip_encoding():
-    """49,406 entries: 256 bytes, 256 bytes at a word's end, 48,894 merges. The end mark is written as byte 0 here."""
+    """49,406 entries: 256 bytes, 256 bytes at a word's end, 48,894 merges. A word's end is written as byte
+    0."""
     letters = byte_alphabet()
     merges = gzip.decompress(MERGES.read_bytes()).decode().splitlines()[1:48895]
 
@@ -38,9 +39,10 @@ def clip_encoding():
 
 
 def clip_tokens(texts, context=77):
-    """Strings -> ids [N, context], int64: start, text, end, zeros. Too long a text is cut, its end token kept.
+    """Strings -> ids [N, context], int64: start, text, end, zeros. Too long a text is cut, its end token
+    kept.
 
-    The text is cleaned as CLIP's reference does it (HTML entities, curly quotes, ligatures, white space, lower case).
+    As in CLIP's reference, HTML entities, curly quotes and ligatures are resolved and letters lower-cased.
     """
     encoding = clip_encoding()
     start, end = encoding.n_vocab, encoding.n_vocab + 1

@@ -1,6 +1,8 @@
-"""Files to models: safetensors, torch.save'd and TorchScript files, OpenCLIP folders, hub ids, the project's checkpoints.
+"""Files to models: safetensors, torch.save'd and TorchScript files, OpenCLIP folders, hub ids, the
+project's checkpoints.
 
-Everything from outside is data: nothing is unpickled beyond tensors and plain values, sizes are checked before use.
+Everything from outside is data: nothing is unpickled beyond tensors and plain values, sizes are checked
+before use.
 """
 import contextlib
 import http.client
@@ -27,7 +29,8 @@ CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.261302
 
 @contextlib.contextmanager
 def atomic(path):
-    """A binary file that becomes `path` when the block ends well; until then, and otherwise, `path` stays as it was."""
+    """A binary file that becomes `path` when the block ends well; until then, and otherwise, `path` stays
+    as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -40,7 +43,8 @@ def atomic(path):
 
 
 def save(path, checkpoint):
-    """Writes a dict of tensors and plain values (what torch.load(weights_only=True) reads), whole or not at all."""
+    """Writes a dict of tensors and plain values (what torch.load(weights_only=True) reads), whole or not at
+    all."""
     try:
         with atomic(path) as f:
             torch.save(checkpoint, f)
@@ -49,7 +53,8 @@ def save(path, checkpoint):
 
 
 def unfinished(path, resume, settings):
-    """What a run that writes to `path` starts from: None, or with resume the state that an interrupted one left there.
+    """What a run that writes to `path` starts from: None, or with resume the state that an interrupted one
+    left there.
 
     Raises, before any work is done, where that would overwrite a file or mix two runs' settings.
     """
@@ -74,10 +79,11 @@ def first_line(error):
 
 
 def download(url, path):
-    """Fetches url to path, once: with progress, to a temporary file, checked against its length. Raises OSError.
+    """Fetches url to path, once: with progress, to a temporary file, checked against its length. Raises
+    OSError.
 
-    HF_TOKEN goes to the hub's own host alone, as a header that urllib does not carry along a redirect; that is why
-    torch.hub.download_url_to_file, which can send no header, does not serve here.
+    HF_TOKEN goes to the hub's own host alone, as a header that urllib does not carry along a redirect; that
+    is why torch.hub.download_url_to_file, which can send no header, does not serve here.
     """
     if path.exists():
         return path
@@ -100,7 +106,8 @@ def download(url, path):
         kind = FileNotFoundError if error.code == 404 else OSError
         raise kind(f"{url}: {why.get(error.code, error.reason)} (HTTP {error.code})") from None
     except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"{url}: download failed ({first_line(error)}); fetch it elsewhere and put it at {path}") from None
+        why = f"download failed ({first_line(error)}); fetch it elsewhere and put it at {path}"
+        raise OSError(f"{url}: {why}") from None
     return path
 
 
@@ -109,12 +116,14 @@ def endpoint():
 
 
 def hub(repo, name, kind=""):
-    """The path of a file of a hub repository, downloaded where the cache lacks it; kind: "" or "datasets/"."""
+    """The path of a file of a hub repository, downloaded where the cache lacks it; kind: "" or
+    "datasets/"."""
     return download(f"{endpoint()}/{kind}{repo}/resolve/main/{name}", CACHE / "hub" / (kind + repo) / name)
 
 
 def read_safetensors(path):
-    """name -> tensor over a private memory map of the file: pages are read when used, writes stay in memory."""
+    """name -> tensor over a private memory map of the file: pages are read when used, writes stay in
+    memory."""
     with open(path, "rb") as f:
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY) if os.path.getsize(path) else b""
     try:
@@ -131,8 +140,10 @@ def read_safetensors(path):
                 raise ValueError(f"{name}: shape {shape} at bytes {begin} to {end} of {len(data) - start}")
             if count * dtype.itemsize != end - begin:
                 raise ValueError(f"{name}: {entry['dtype']} {shape} does not fill {end - begin} bytes")
-            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin) if count else torch.empty(0)
-            tensors[name] = flat.to(dtype).reshape(shape)
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            if count:  # frombuffer refuses none
+                flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin)
+                tensors[name] = flat.reshape(shape)
         return tensors
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged or truncated safetensors file: {error}") from None
@@ -160,23 +171,25 @@ def read(path):
 def architecture(tensors, config):
     """The arch dict of models/clip.py, read off a CLIP state dict's shapes.
 
-    config: open_clip_config.json or {}. It adds what shapes cannot tell: head widths, activation, mean and std.
+    config: open_clip_config.json or {}. It adds what shapes cannot tell: head widths, activation, mean and
+    std.
     """
     model, pre = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
     vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
-    known = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "image_size", "layers", "width", "patch_size",
-             "head_width", "context_length", "vocab_size", "heads"}
+    known = ("embed_dim quick_gelu vision_cfg text_cfg image_size layers width patch_size head_width "
+             "context_length vocab_size heads").split()
     if strange := [k for part in (model, vision, text) for k, v in part.items() if k not in known and v]:
-        raise ValueError(f"open_clip_config.json asks for {', '.join(strange)}, which models/clip.py does not implement")
+        raise ValueError(f"open_clip_config.json asks for {', '.join(strange)}, which models/clip.py lacks")
 
     def count(prefix):
         return len({name[len(prefix):].split(".")[0] for name in tensors if name.startswith(prefix)})
 
-    (vocab, text_width), context = tensors["token_embedding.weight"].shape, len(tensors["positional_embedding"])
-    arch = dict(embed_dim=tensors["text_projection"].shape[1], mean=pre.get("mean", CLIP_MEAN),
-                std=pre.get("std", CLIP_STD), text_width=text_width, text_layers=count("transformer.resblocks."),
-                text_heads=text.get("heads", text_width // 64), context=context, vocab=vocab,
-                quick_gelu=model.get("quick_gelu", "input_resolution" in tensors))  # only OpenAI's files have that key
+    vocab, text_width = tensors["token_embedding.weight"].shape
+    openai = "input_resolution" in tensors  # a key of OpenAI's own files alone
+    arch = dict(embed_dim=tensors["text_projection"].shape[1], quick_gelu=model.get("quick_gelu", openai),
+                mean=pre.get("mean", CLIP_MEAN), std=pre.get("std", CLIP_STD), text_width=text_width,
+                text_layers=count("transformer.resblocks."), text_heads=text.get("heads", text_width // 64),
+                context=len(tensors["positional_embedding"]), vocab=vocab)
     width, _, _, patch = tensors["visual.conv1.weight"].shape
     if "visual.class_embedding" in tensors:
         grid = math.isqrt(len(tensors["visual.positional_embedding"]) - 1)
@@ -188,9 +201,11 @@ def architecture(tensors, config):
 
 
 def fill(model, tensors, name):
-    """Gives a model built on the meta device its tensors, strictly; names what is missing, left over or misshapen."""
+    """Gives a model built on the meta device its tensors, strictly; names what is missing, left over or
+    misshapen."""
     want = model.state_dict()
-    wrong = [f"{k} missing" for k in want if k not in tensors] + [f"{k} left over" for k in tensors if k not in want]
+    wrong = [f"{k} missing" for k in want if k not in tensors]
+    wrong += [f"{k} left over" for k in tensors if k not in want]
     wrong += [f"{k} is {list(v.shape)} instead of {list(want[k].shape)}"
               for k, v in tensors.items() if k in want and v.shape != want[k].shape]
     if wrong:
@@ -206,18 +221,19 @@ def load(source, role=None):
     """A model in eval mode, float32 on the CPU, its plain values in model.info, from whatever `source` names:
 
     the project's own checkpoint, an OpenCLIP folder (open_clip_config.json + open_clip_model.safetensors or
-    open_clip_pytorch_model.bin) or hub id org/name of that layout, a bare CLIP state dict (.pt, .safetensors), or
-    OpenAI's TorchScript .pt. role: what it must be, a key of ROLES. Raises ValueError or OSError naming the file.
+    open_clip_pytorch_model.bin) or hub id org/name of that layout, a bare CLIP state dict (.pt,
+    .safetensors), or OpenAI's TorchScript .pt. role: what it must be, a key of ROLES. Raises ValueError or
+    OSError naming the file.
     """
-    path, config = Path(source), {}
+    source, path, config = str(source), Path(source), {}
     if not path.exists():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or path.suffix in (".pt", ".bin", ".safetensors"):
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or path.suffix in (".pt", ".bin", ".safetensors"):
             raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (org/name) either")
-        path = hub(str(source), "open_clip_config.json").parent
+        path = hub(source, "open_clip_config.json").parent
         try:
-            hub(str(source), "open_clip_model.safetensors")
+            hub(source, "open_clip_model.safetensors")
         except FileNotFoundError:
-            hub(str(source), "open_clip_pytorch_model.bin")
+            hub(source, "open_clip_pytorch_model.bin")
     if path.is_dir():
         try:
             config = json.loads((path / "open_clip_config.json").read_text())
@@ -241,7 +257,7 @@ def clip_from(found, config, path):
     tensors = {k.removeprefix("module."): v for k, v in found.get("state_dict", found).items()}
     arch = architecture(tensors, config)
     if not config and not arch["quick_gelu"]:
-        print(f"{path}: a bare state dict does not tell its activation and pixel mean: taking GELU and CLIP's mean")
+        print(f"{path}: a bare state dict does not tell activation and pixel mean: GELU, CLIP's mean taken")
     for name in ("input_resolution", "context_length", "vocab_size"):
         tensors.pop(name, None)
     with torch.device("meta"):
@@ -251,7 +267,8 @@ def clip_from(found, config, path):
 
 
 def own(checkpoint, path):
-    """The model in a checkpoint written by `fit`: kind "clip" (both towers) or "classifier" (image tower and head)."""
+    """The model in a checkpoint written by `fit`: kind "clip" (both towers) or "classifier" (image tower
+    and head)."""
     with torch.device("meta"):
         build = {"clip": CLIP, "classifier": lambda arch: Classifier(arch, checkpoint["model"]["head"])}
         model = build[checkpoint["kind"]](checkpoint["arch"])
