@@ -49,7 +49,7 @@ def main():
     args = parse()
     device = prt.setup(args.device)
     rewards = [weights.load(path, "prt") for path in args.reward]
-    info, source = rewards[0].info, args.ref or rewards[0].info["source"]
+    info = rewards[0].info
     name = args.data or info["data"]
     view = functools.cache(lambda size: images.load(name, "test", size))  # each model at its own resolution
     data = view(rewards[0].arch["image_size"])
@@ -62,6 +62,10 @@ def main():
     for path, model in ((args.tuned, tuned), (args.oracle, oracle)):
         if model:
             same_classes(path, model.info["classes"], args.reward[0], info["classes"])
+    source = args.ref or info["source"]
+    if tuned and not args.ref and tuned.info["source"] != source:
+        raise ValueError(f"{args.tuned} came from {tuned.info['source']}, {args.reward[0]} from {source}: "
+                         "name the base that both came from with --ref")
     try:
         ref = classifier(weights.load(source, "clip"), prompts)
     except FileNotFoundError as error:
@@ -130,7 +134,7 @@ def added(paths, rewards):
     """(title, rewards) of each reward alone and, where there are several, of their sum."""
     if len(rewards) == 1:
         return [("reward (PRT)", rewards)]
-    return [(f"{Path(p).stem} (PRT)", [r]) for p, r in zip(paths, rewards)] + [("sum of rewards", rewards)]
+    return [(f"{path} (PRT)", [r]) for path, r in zip(paths, rewards)] + [("sum of rewards", rewards)]
 
 
 def tilted(base_logits, rewards, logits, beta=None):
@@ -142,7 +146,7 @@ def tilted(base_logits, rewards, logits, beta=None):
 def measure(models, inputs, device, repeats=5):
     """(ms per image, peak MiB) of one batch through all the models, one after the other.
 
-    The device is synchronised; the first batch does not count, the median of the others does. The memory is
+    The device is synchronised. The first batch does not count, the median of the others does. The memory is
     that of these models' weights plus what the batch adds at its peak.
     """
     inputs = [x.to(device) for x in inputs]

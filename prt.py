@@ -8,7 +8,7 @@ network r(x, y), trained by cross-entropy on
 while the base stays frozen. The same r is then added to the log-probabilities of any other base with the same
 labels, without further training.
 
-`reward`, `tilt` and `prt_loss` are the maths; `fit` is Algorithm 1. Nothing here knows images, text or
+`reward`, `tilt` and `prt_loss` are the maths, `fit` is Algorithm 1. Nothing here knows images, text or
 files: a policy is any module that maps inputs to logits [..., L].
 """
 import argparse
@@ -30,7 +30,7 @@ def reward(logits, ref_logits=None, beta=1.0):
     logits, ref_logits: [..., L]. With ref_logits=None the reference is uniform and the reward is beta *
     logits, the paper's portable reward (Algorithm 1). With the source base as reference it is the implicit
     reward of fine-tuning, log pi_ft / pi_pt (Prop. 3.1), which EFT moves to another base. A reward is
-    defined only up to a constant per x, which `tilt` normalises away; that is why the uniform case needs no
+    defined only up to a constant per x, which `tilt` normalises away: that is why the uniform case needs no
     log-normaliser. Raises ValueError where the label counts differ.
     """
     if ref_logits is None:
@@ -50,12 +50,10 @@ def tilt(base_logits, r, beta=1.0):
 
 
 def prt_loss(base_logits, r, targets, beta=1.0, alpha=0.0, ignore_index=-100):
-    """Mean cross-entropy of the tilted distribution (eq. 7) - alpha * mean entropy of softmax(r) (eq. 12):
-    scalar.
+    """Cross-entropy of the tilted distribution (eq. 7) minus alpha * entropy of softmax(r) (eq. 12): scalar.
 
-    base_logits, r: [..., L]; targets: [...], labels 0..L-1. Both means run over the targets that are not
-    ignore_index; where none counts the loss is 0. With alpha 0 its gradient in r is (pi_r - onehot) / beta
-    / count.
+    base_logits, r: [..., L], targets: [...], labels 0..L-1. Both are means over the targets that are not
+    ignore_index, 0 where there are none. With alpha 0 the gradient in r is (pi_r - onehot) / (beta * count).
     """
     log_probs = tilt(base_logits, r, beta)
     counts = targets != ignore_index
@@ -90,8 +88,7 @@ def permutation(n, seed, epoch):
 
 
 def schedule(step, steps, warmup, decay):
-    """Factor on the peak learning rate in step 0..steps-1: linear warm-up, then "cosine" or "linear" decay
-    to 0."""
+    """Factor on the peak learning rate in step 0..steps-1: linear warm-up, "cosine" or "linear" decay."""
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / (steps - warmup)
@@ -103,7 +100,7 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
         save_every=500, save=None, state=None, name="fit"):
     """Algorithm 1: trains `policy` in place so that the base, tilted by its reward, predicts the targets.
 
-    policy: module, policy(*inputs) -> logits [..., L]; its parameters with requires_grad move. Its mode is
+    policy: module, policy(*inputs) -> logits [..., L], whose parameters with requires_grad move. Its mode is
         left alone: in eval mode BatchNorm keeps its statistics and a micro-batch's make-up cannot change
         the result.
     indices: step -> LongTensor [batch] of examples, a pure function (`shuffled`).
@@ -161,7 +158,7 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
                 logits = net(*inputs)
                 # In fine-tuning the base cancels out of the loss: it is asked for the logged KL alone.
-                if base_logits is None and base is not None and (method == "prt" or logging):
+                if base_logits is None and base is not None and (method == "prt" or alpha or logging):
                     with torch.no_grad():
                         base_logits = base(*inputs)
             base_logits = torch.zeros_like(logits) if base_logits is None else base_logits
@@ -255,8 +252,7 @@ def peak_memory(device):
 
 
 def arguments(doc):
-    """The flags that both training scripts share; those without a default here have one in each script's
-    recipes."""
+    """The flags of both training scripts. Those without a default here take it from the scripts' recipes."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--base", help="checkpoint, folder or hub id of the frozen base")
     p.add_argument("--method", choices=("prt", "ft", "pretrain"), help="default: prt")

@@ -51,7 +51,7 @@ def main():
     for name, recipe in DEMO.items():
         unfinished = Path(paths[name]).exists() and "optimizer" in weights.read(paths[name])
         if Path(paths[name]).exists() and not unfinished:
-            prt.say(f"{paths[name]} is kept")
+            prt.say(f"{paths[name]} is kept; delete it to make it anew")
             continue
         recipe = recipe | dict(base=paths.get(recipe.get("base")))
         run = vars(args) | recipe | given | dict(out=paths[name], resume=unfinished)

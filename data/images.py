@@ -57,8 +57,7 @@ def trim(tokens):
 
 
 def augment(images, generator):
-    """Random crops of 50 to 100% of the area, resized, half of them flipped: uint8 [B, 3, S, S] -> the
-    same, batched."""
+    """Random crops of 50 to 100% of the area, resized back, half of them flipped: uint8 [B, 3, S, S]."""
     u = torch.rand(len(images), 4, generator=generator).to(images.device, non_blocking=True)
     scale = (0.5 + 0.5 * u[:, 0]).sqrt()
     theta = torch.zeros(len(images), 2, 3, device=images.device)
@@ -73,9 +72,9 @@ def augment(images, generator):
 def load(source, split, size):
     """Reads a split of a data set, squares of `size` pixels, from the cache where it was read before.
 
-    source: shapes; cifar100; caltech101, flowers, resisc45, cars, aircraft, country211; a hub id of the
-    same layout; a local folder in clip-benchmark's WebDataset layout or with train/CLASS/*.jpg and
-    test/CLASS/*.jpg; CIFAR-100's own archive. Raises ValueError or OSError that names the file.
+    source: shapes, cifar100 (or its own archive, downloaded by hand), caltech101, flowers, resisc45, cars,
+    aircraft, country211, a hub id or a local folder of the same WebDataset layout, or a folder with
+    train/CLASS/*.jpg and test/CLASS/*.jpg. Raises ValueError or OSError that names the file.
     """
     root, stamp = Path(source), ""
     if source == "shapes":
@@ -125,8 +124,7 @@ def pack(source, split, size, classes, templates, samples, texts=()):
 
 
 def square(image, size):
-    """PIL image -> uint8 [3, size, size]: bicubic, antialiased resize of the short side, centre crop
-    (OpenCLIP's)."""
+    """PIL image -> uint8 [3, size, size]: antialiased bicubic resize of the short side, centre crop."""
     image = image.convert("RGB")
     w, h = image.size
     w, h = max(size, size * w // h), max(size, size * h // w)
@@ -165,12 +163,9 @@ def webdataset(fetch, split):
             text = tar.extractfile(label).read(20).decode(errors="replace").strip()
             if not text.isdecimal():
                 raise ValueError(f"{path}: {label.name} holds {text!r}, not a class number")
-            samples.append((int(text), f"{path}: {name}", functools.partial(from_tar, tar, member)))
+            image = lambda tar=tar, member=member: Image.open(io.BytesIO(tar.extractfile(member).read()))
+            samples.append((int(text), f"{path}: {name}", image))
     return classes, templates, samples
-
-
-def from_tar(tar, member):
-    return Image.open(io.BytesIO(tar.extractfile(member).read()))
 
 
 def folder(root, split):
@@ -187,8 +182,7 @@ def folder(root, split):
 
 
 def cifar100(path, split):
-    """CIFAR-100's python archive: pickles, so nothing of it is opened before its sha256 is the published
-    one."""
+    """CIFAR-100's python archive. It holds pickles, so its sha256 is checked before anything is opened."""
     path = path or download(CIFAR_URL, CACHE / "cifar-100-python.tar.gz")
     with open(path, "rb") as f:
         found = hashlib.file_digest(f, "sha256").hexdigest()

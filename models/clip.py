@@ -1,9 +1,11 @@
 """CLIP (Radford et al. 2021), its parameters named as in OpenAI's and OpenCLIP's checkpoints.
 
 An architecture is a dict of plain values, which models/weights.py reads off a state dict: embed_dim,
-image_size, mean, std, quick_gelu; for the text tower text_width, text_layers, text_heads, context, vocab;
-for a ViT width, layers (an int), patch, heads; for a ModifiedResNet width, layers (four ints), heads.
+image_size, mean, std, quick_gelu, for the text tower text_width, text_layers, text_heads, context, vocab,
+for a ViT width, layers (an int), patch, heads, for a ModifiedResNet width, layers (four ints), heads.
 """
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -28,7 +30,7 @@ class Attention(nn.Module):
         B, T, D = x.shape
         if n == T:
             q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
-        else:  # fewer queries than keys
+        else:
             q = F.linear(x[:, :n], self.in_proj_weight[:D], self.in_proj_bias[:D])
             k, v = F.linear(x, self.in_proj_weight[D:], self.in_proj_bias[D:]).chunk(2, -1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [B, H, T, D/H]
@@ -42,10 +44,8 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", act())
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        parts = dict(c_fc=nn.Linear(width, 4 * width), gelu=act(), c_proj=nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(OrderedDict(parts))
 
     def forward(self, x, causal=False, n=None):
         """x [B, T, D] -> the first n positions of the block's output, [B, n, D] (all of them by default)."""
@@ -94,10 +94,9 @@ class Bottleneck(nn.Module):
         self.pool = nn.AvgPool2d(stride)  # strides are average pools: every pixel counts
         self.downsample = None
         if stride > 1 or inputs != 4 * planes:
-            self.downsample = nn.Sequential()
-            self.downsample.add_module("-1", nn.AvgPool2d(stride))
-            self.downsample.add_module("0", nn.Conv2d(inputs, 4 * planes, 1, bias=False))
-            self.downsample.add_module("1", nn.BatchNorm2d(4 * planes))
+            conv = nn.Conv2d(inputs, 4 * planes, 1, bias=False)
+            parts = {"-1": nn.AvgPool2d(stride), "0": conv, "1": nn.BatchNorm2d(4 * planes)}
+            self.downsample = nn.Sequential(OrderedDict(parts))
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -153,12 +152,20 @@ def image_tower(arch):
 
 
 def normalize(images, arch):
-    """uint8 [B, 3, S, S] -> float32, by the weights' own mean and std; floats are taken as normalised
-    already."""
+    """uint8 [B, 3, S, S] -> float32, by the weights' own mean and std. Floats pass: they are normalised."""
     if images.dtype != torch.uint8:
         return images
     mean, std = (torch.tensor(arch[k]).to(images.device, non_blocking=True) for k in ("mean", "std"))
     return (images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
+def cosine(features, head):
+    """Logits [B, L] of features [B, E] for a head [L, E] that is normalised and scaled already.
+
+    Outside autocast: times a scale of 100, bfloat16 would round the logits to steps of a quarter.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        return F.normalize(features.float(), dim=-1) @ head.T
 
 
 class CLIP(nn.Module):
@@ -176,8 +183,7 @@ class CLIP(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def encode_image(self, images):
-        """Float images [B, 3, S, S], normalised by the weights' mean and std -> features [B, E], not
-        normalised."""
+        """Normalised float images [B, 3, S, S] -> features [B, E], before their L2 normalisation."""
         return self.visual(images)
 
     def encode_text(self, tokens):
@@ -199,9 +205,8 @@ class CLIP(nn.Module):
 
         Their cross-entropy with the targets 0..B-1, twice, is CLIP's contrastive loss.
         """
-        image = F.normalize(self.encode_image(normalize(images, self.arch)).float(), dim=-1)
-        text = F.normalize(self.encode_text(tokens).float(), dim=-1)
-        logits = self.logit_scale.exp().clamp(max=100) * image @ text.T
+        text = F.normalize(self.encode_text(tokens).float(), dim=-1) * self.logit_scale.exp().clamp(max=100)
+        logits = cosine(self.encode_image(normalize(images, self.arch)), text)
         return torch.cat([logits, logits.T])
 
 
@@ -215,8 +220,7 @@ class Classifier(nn.Module):
         self.register_buffer("head", head)
 
     def forward(self, images):
-        features = self.visual(normalize(images, self.arch))
-        return F.normalize(features.float(), dim=-1) @ self.head.T
+        return cosine(self.visual(normalize(images, self.arch)), self.head)
 
 
 @torch.no_grad()

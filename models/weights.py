@@ -29,8 +29,7 @@ CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.261302
 
 @contextlib.contextmanager
 def atomic(path):
-    """A binary file that becomes `path` when the block ends well; until then, and otherwise, `path` stays
-    as it was."""
+    """A binary file that becomes `path` when the block ends well. Otherwise `path` stays as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -43,8 +42,7 @@ def atomic(path):
 
 
 def save(path, checkpoint):
-    """Writes a dict of tensors and plain values (what torch.load(weights_only=True) reads), whole or not at
-    all."""
+    """Writes a dict of tensors and plain values (for torch.load, weights_only=True), whole or not at all."""
     try:
         with atomic(path) as f:
             torch.save(checkpoint, f)
@@ -79,8 +77,7 @@ def first_line(error):
 
 
 def download(url, path):
-    """Fetches url to path, once: with progress, to a temporary file, checked against its length. Raises
-    OSError.
+    """Fetches url to path, once, with progress, checked against its length. Raises OSError.
 
     HF_TOKEN goes to the hub's own host alone, as a header that urllib does not carry along a redirect; that
     is why torch.hub.download_url_to_file, which can send no header, does not serve here.
@@ -97,14 +94,13 @@ def download(url, path):
                 while chunk := response.read(1 << 20):
                     f.write(chunk)
                     bar.update(len(chunk))
-                    received = f.tell()
-            if total and received != total:
-                raise OSError(f"the connection ended after {received} of {total} bytes")
+            if total and f.tell() != total:
+                raise OSError(f"the connection ended after {f.tell()} of {total} bytes")
     except urllib.error.HTTPError as error:
-        why = {401: "gated or private: accept its licence on its page and set HF_TOKEN", 404: "no such file"}
-        why[403] = why[401]
-        kind = FileNotFoundError if error.code == 404 else OSError
-        raise kind(f"{url}: {why.get(error.code, error.reason)} (HTTP {error.code})") from None
+        if error.code == 404:
+            raise FileNotFoundError(f"{url}: no such file") from None
+        gated = "; gated: accept the licence on its page and set HF_TOKEN" * (error.code in (401, 403))
+        raise OSError(f"{url}: HTTP {error.code} {error.reason}{gated}") from None
     except (OSError, http.client.HTTPException) as error:
         why = f"download failed ({first_line(error)}); fetch it elsewhere and put it at {path}"
         raise OSError(f"{url}: {why}") from None
@@ -116,14 +112,12 @@ def endpoint():
 
 
 def hub(repo, name, kind=""):
-    """The path of a file of a hub repository, downloaded where the cache lacks it; kind: "" or
-    "datasets/"."""
+    """The cached path of a hub repository's file, downloaded at need. kind: "" or "datasets/"."""
     return download(f"{endpoint()}/{kind}{repo}/resolve/main/{name}", CACHE / "hub" / (kind + repo) / name)
 
 
 def read_safetensors(path):
-    """name -> tensor over a private memory map of the file: pages are read when used, writes stay in
-    memory."""
+    """name -> tensor over a private memory map: pages are read when used, writes stay in memory."""
     with open(path, "rb") as f:
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY) if os.path.getsize(path) else b""
     try:
@@ -201,8 +195,7 @@ def architecture(tensors, config):
 
 
 def fill(model, tensors, name):
-    """Gives a model built on the meta device its tensors, strictly; names what is missing, left over or
-    misshapen."""
+    """Gives a model built on the meta device its tensors, all of them, or names those that do not fit."""
     want = model.state_dict()
     wrong = [f"{k} missing" for k in want if k not in tensors]
     wrong += [f"{k} left over" for k in tensors if k not in want]
@@ -231,7 +224,7 @@ def load(source, role=None):
             raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (org/name) either")
         path = hub(source, "open_clip_config.json").parent
         try:
-            hub(source, "open_clip_model.safetensors")
+            (path / "open_clip_pytorch_model.bin").exists() or hub(source, "open_clip_model.safetensors")
         except FileNotFoundError:
             hub(source, "open_clip_pytorch_model.bin")
     if path.is_dir():
@@ -267,8 +260,7 @@ def clip_from(found, config, path):
 
 
 def own(checkpoint, path):
-    """The model in a checkpoint written by `fit`: kind "clip" (both towers) or "classifier" (image tower
-    and head)."""
+    """The model in a checkpoint of `fit`: kind "clip" (both towers) or "classifier" (image tower, head)."""
     with torch.device("meta"):
         build = {"clip": CLIP, "classifier": lambda arch: Classifier(arch, checkpoint["model"]["head"])}
         model = build[checkpoint["kind"]](checkpoint["arch"])
