@@ -12,6 +12,8 @@ labels, without further training.
 files: a policy is any module that maps inputs to logits [..., L].
 """
 import argparse
+import contextlib
+import datetime
 import functools
 import math
 import os
@@ -289,8 +291,19 @@ def setup(device=None):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        hours = datetime.timedelta(hours=4)  # how long the others wait for the first in first_alone
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=hours)
     return device
+
+
+@contextlib.contextmanager
+def first_alone():
+    """Torchrun's first process runs the block alone, to download and fill caches, then the others do."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and dist.get_rank() == 0:
+        dist.barrier()
 
 
 def run(main):

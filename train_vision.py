@@ -71,10 +71,11 @@ def train(args, device):
     state = weights.unfinished(args.out, args.resume, settings)
     torch.manual_seed(args.seed)
     pretraining = args.method == "pretrain"
-    clip = CLIP(SIZES[args.size]) if pretraining else weights.load(args.base, "clip")
-    clip, size = clip.to(device), clip.arch["image_size"]
-    data = images.load(args.data, "captioned" if pretraining and args.data == "shapes" else "train", size)
-    test = images.load(args.data, "test", size)
+    split = "captioned" if pretraining and args.data == "shapes" else "train"
+    with prt.first_alone():
+        clip = CLIP(SIZES[args.size]) if pretraining else weights.load(args.base, "clip")
+        data, test = (images.load(args.data, name, clip.arch["image_size"]) for name in (split, "test"))
+    clip = clip.to(device)
     pixels, labels = prt.place(data.images, device), data.labels.to(device)
     prompts = images.prompts(data.classes, data.templates)
     header = dict(arch=clip.arch, classes=data.classes, templates=data.templates, data=args.data,
