@@ -31,18 +31,15 @@ def parse():
     p.add_argument("--reward", nargs="+", required=True, help="reward checkpoints; several are added up")
     p.add_argument("--base", required=True, help="the base to put it on: checkpoint, folder or hub id")
     p.add_argument("--data", help="the test data, where it is not the reward's own")
-    p.add_argument("--beta", nargs="+", type=float, help="default: the one it was trained with")
+    p.add_argument("--beta", nargs="+", type=prt.positive(float), help="default: the one it was trained with")
     p.add_argument("--tuned", help="the source fine-tuned (train_vision.py --method ft): adds EFT")
     p.add_argument("--ref", help="the source base (default: the one that the checkpoint names)")
     p.add_argument("--oracle", help="the new base itself fine-tuned: the upper line")
     p.add_argument("--picture", help="draw a grid of test images with both answers to this .png")
     p.add_argument("--json", help="write the table to this file")
-    p.add_argument("--batch", type=int, default=128)
+    p.add_argument("--batch", type=prt.positive(int), default=128)
     p.add_argument("--device")
-    args = p.parse_args()
-    if any(beta <= 0 for beta in args.beta or ()):
-        p.error(f"--beta {args.beta}: must be positive")
-    return args
+    return p.parse_args()
 
 
 def main():

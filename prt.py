@@ -258,13 +258,13 @@ def arguments(doc):
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--base", help="checkpoint, folder or hub id of the frozen base")
     p.add_argument("--method", choices=("prt", "ft", "pretrain"), help="default: prt")
-    p.add_argument("--steps", type=positive)
-    p.add_argument("--batch", type=positive, help="examples a step, over all micro-batches and processes")
-    p.add_argument("--lr", type=float, help="peak learning rate")
+    p.add_argument("--steps", type=positive(int))
+    p.add_argument("--batch", type=positive(int), help="examples a step, on all processes together")
+    p.add_argument("--lr", type=positive(float), help="peak learning rate")
     p.add_argument("--warmup", type=int, help="steps of linear warm-up (default: a quarter of the steps)")
-    p.add_argument("--beta", type=float, default=1.0, help="strength of the KL term (the paper's lambda)")
+    p.add_argument("--beta", type=positive(float), default=1.0, help="weight of the KL term (paper: lambda)")
     p.add_argument("--alpha", type=float, default=0.0, help="weight of the reward's entropy (eq. 12)")
-    p.add_argument("--accum", type=positive, default=1, help="micro-batches a step and process")
+    p.add_argument("--accum", type=positive(int), default=1, help="micro-batches a step and process")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
     p.add_argument("--compile", action="store_true", help="torch.compile the trained network")
@@ -272,10 +272,13 @@ def arguments(doc):
     return p
 
 
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return int(text)
+def positive(kind):
+    """argparse type: a finite number above 0."""
+    def number(text):
+        if not 0 < kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return kind(text)
+    return number
 
 
 def setup(device=None):

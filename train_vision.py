@@ -75,6 +75,8 @@ def train(args, device):
     with prt.first_alone():
         clip = CLIP(SIZES[args.size]) if pretraining else weights.load(args.base, "clip")
         data, test = (images.load(args.data, name, clip.arch["image_size"]) for name in (split, "test"))
+    if state and state["classes"] != data.classes:
+        raise ValueError(f"--resume: {args.out} was begun with other classes than --data {args.data} has")
     clip = clip.to(device)
     pixels, labels = prt.place(data.images, device), data.labels.to(device)
     prompts = images.prompts(data.classes, data.templates)

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from models.tokenizer import clip_tokens
-from models.weights import CACHE, download, hub, read, save
+from models.weights import CACHE, HUB_ID, download, hub, read, save
 
 HUB = dict(caltech101="wds_vtab-caltech101", flowers="wds_vtab-flowers", resisc45="wds_vtab-resisc45",
            cars="wds_cars", aircraft="wds_fgvc_aircraft", country211="wds_country211")  # of clip-benchmark
@@ -81,7 +81,7 @@ def load(source, split, size):
         reader, stamp = shapes, Path(__file__).read_text()
     elif source == "cifar100" or root.name == "cifar-100-python.tar.gz":
         reader = functools.partial(cifar100, None if source == "cifar100" else root)
-    elif source in HUB or (not root.exists() and source.count("/") == 1 and not source.startswith(".")):
+    elif source in HUB or (not root.exists() and HUB_ID.fullmatch(source)):
         repo = f"clip-benchmark/{HUB[source]}" if source in HUB else source
         reader = functools.partial(webdataset, lambda name: hub(repo, name, "datasets/"))
     elif (root / "classnames.txt").is_file():
@@ -92,8 +92,8 @@ def load(source, split, size):
         raise ValueError(f"--data {source}: unknown. There are shapes, cifar100, {', '.join(HUB)}; hub ids "
                          "(org/name); folders with classnames.txt and train/0.tar, or train/CLASS/*.jpg")
     if root.is_dir():  # a change of the files is a change of the data
+        source = root = root.resolve()
         stamp = "".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in sorted(root.rglob("*")))
-        source = root.resolve()
     digest = hashlib.sha256(f"{source}{stamp}".encode()).hexdigest()[:16]
     cache = CACHE / "images" / f"{Path(source).name}-{split}-{size}-{digest}.pt"
     if cache.exists():
@@ -107,11 +107,11 @@ def load(source, split, size):
 
 
 def pack(source, split, size, classes, templates, samples, texts=()):
-    labels = torch.tensor([label for label, _, _ in samples], dtype=torch.long)
     if not len(samples) or not classes:
         raise ValueError(f"{source}: its {split} split holds no images")
     if strange := [(name, label) for label, name, _ in samples if not 0 <= label < len(classes)]:
         raise ValueError(f"{strange[0][0]}: label {strange[0][1]}, but there are {len(classes)} classes")
+    labels = torch.tensor([label for label, _, _ in samples])
     if empty := [c for c, n in zip(classes, labels.bincount(minlength=len(classes))) if not n]:
         raise ValueError(f"{source}: its {split} split has no image of class {', '.join(empty[:5])}")
     images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
@@ -135,7 +135,10 @@ def square(image, size):
 
 
 def lines(path):
-    return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    try:
+        return [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def webdataset(fetch, split):
@@ -143,7 +146,10 @@ def webdataset(fetch, split):
     KEY.jpg pairs."""
     classes, templates = lines(fetch("classnames.txt")), lines(fetch("zeroshot_classification_templates.txt"))
     samples = []
-    for i in range(int(lines(fetch(f"{split}/nshards.txt"))[0])):
+    shards = lines(file := fetch(f"{split}/nshards.txt"))
+    if len(shards) != 1 or not shards[0].isdecimal():
+        raise ValueError(f"{file}: holds {shards}, not one number")
+    for i in range(int(shards[0])):
         path = fetch(f"{split}/{i}.tar")
         try:
             tar = tarfile.open(path, "r:")
@@ -151,9 +157,10 @@ def webdataset(fetch, split):
         except tarfile.TarError as error:
             raise ValueError(f"{path}: damaged or truncated tar ({error})") from None
         with open(path, "rb") as f:
-            f.seek(-1024, io.SEEK_END)
-            if f.read() != bytes(1024):
-                raise ValueError(f"{path}: truncated tar, its end mark is missing")
+            f.seek(tar.offset)  # where tarfile stopped reading: nothing but the end mark may follow
+            rest = f.read()
+            if any(rest) or len(rest) < 1024:
+                raise ValueError(f"{path}: tar truncated or damaged at byte {tar.offset}")
         for name, member in members.items():
             if not name.lower().endswith(SUFFIXES):
                 continue

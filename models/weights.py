@@ -24,6 +24,7 @@ from models.clip import CLIP, Classifier
 CACHE = Path(os.environ.get("PRT_CACHE", "~/.cache/prt")).expanduser()  # downloads and resized images
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
               I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
@@ -46,7 +47,7 @@ def save(path, checkpoint):
     try:
         with atomic(path) as f:
             torch.save(checkpoint, f)
-    except RuntimeError as error:  # torch's own writer hides the OSError of a full disk
+    except (OSError, RuntimeError) as error:  # torch's own writer hides the OSError of a full disk
         raise OSError(f"{path}: could not be written, the disk may be full ({first_line(error)})") from error
 
 
@@ -66,9 +67,10 @@ def unfinished(path, resume, settings):
     state = read(path)
     if "optimizer" not in state:
         raise ValueError(f"--resume: {path} is no unfinished run (step {state.get('step')} was its last)")
+    begun = state.get("args", {})
     for k, v in settings.items():
-        if state["args"].get(k) != v:
-            raise ValueError(f"--resume: {path} was begun with --{k} {state['args'].get(k)}, not {v}")
+        if begun.get(k) != v:
+            raise ValueError(f"--resume: {path} was begun with --{k} {begun.get(k)}, not {v}")
     return state
 
 
@@ -85,8 +87,9 @@ def download(url, path):
     if path.exists():
         return path
     request = urllib.request.Request(url, headers={"User-Agent": "portable-reward-tuning"})
-    if os.environ.get("HF_TOKEN") and url.startswith(endpoint() + "/"):
-        request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if token and url.startswith(endpoint() + "/"):
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
         with urllib.request.urlopen(request, timeout=30) as response, atomic(path) as f:
             total = int(response.headers.get("Content-Length") or 0)
@@ -99,7 +102,7 @@ def download(url, path):
     except urllib.error.HTTPError as error:
         if error.code == 404:
             raise FileNotFoundError(f"{url}: no such file") from None
-        gated = "; gated: accept the licence on its page and set HF_TOKEN" * (error.code in (401, 403))
+        gated = "; misspelt or gated (accept its licence, set HF_TOKEN)" * (error.code in (401, 403))
         raise OSError(f"{url}: HTTP {error.code} {error.reason}{gated}") from None
     except (OSError, http.client.HTTPException) as error:
         why = f"download failed ({first_line(error)}); fetch it elsewhere and put it at {path}"
@@ -178,20 +181,29 @@ def architecture(tensors, config):
     def count(prefix):
         return len({name[len(prefix):].split(".")[0] for name in tensors if name.startswith(prefix)})
 
+    def heads(width, number):
+        if number < 1 or width % number or number % 1:
+            raise ValueError(f"a width of {width} does not split into {number:g} heads")
+        return int(number)
+
+    for name, n in {"token_embedding.weight": 2, "text_projection": 2, "visual.conv1.weight": 4}.items():
+        if tensors[name].ndim != n:
+            raise ValueError(f"{name} has shape {list(tensors[name].shape)}")
     vocab, text_width = tensors["token_embedding.weight"].shape
     openai = "input_resolution" in tensors  # a key of OpenAI's own files alone
     arch = dict(embed_dim=tensors["text_projection"].shape[1], quick_gelu=model.get("quick_gelu", openai),
                 mean=pre.get("mean", CLIP_MEAN), std=pre.get("std", CLIP_STD), text_width=text_width,
-                text_layers=count("transformer.resblocks."), text_heads=text.get("heads", text_width // 64),
-                context=len(tensors["positional_embedding"]), vocab=vocab)
+                text_layers=count("transformer.resblocks."), context=len(tensors["positional_embedding"]),
+                text_heads=heads(text_width, text.get("heads", text_width / 64)), vocab=vocab)
+    head_width = vision.get("head_width", 64)
     width, _, _, patch = tensors["visual.conv1.weight"].shape
     if "visual.class_embedding" in tensors:
         grid = math.isqrt(len(tensors["visual.positional_embedding"]) - 1)
         return arch | dict(width=width, layers=count("visual.transformer.resblocks."), patch=patch,
-                           heads=width // vision.get("head_width", 64), image_size=grid * patch)
+                           heads=heads(width, width / head_width), image_size=grid * patch)
     tokens, features = tensors["visual.attnpool.positional_embedding"].shape
     return arch | dict(width=2 * width, layers=[count(f"visual.layer{i}.") for i in (1, 2, 3, 4)],
-                       heads=features // vision.get("head_width", 64), image_size=32 * math.isqrt(tokens - 1))
+                       heads=heads(features, features / head_width), image_size=32 * math.isqrt(tokens - 1))
 
 
 def fill(model, tensors, name):
@@ -220,7 +232,7 @@ def load(source, role=None):
     """
     source, path, config = str(source), Path(source), {}
     if not path.exists():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or path.suffix in (".pt", ".bin", ".safetensors"):
+        if not HUB_ID.fullmatch(source) or path.suffix in (".pt", ".bin", ".safetensors"):
             raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (org/name) either")
         path = hub(source, "open_clip_config.json").parent
         try:
@@ -248,7 +260,10 @@ def load(source, role=None):
 def clip_from(found, config, path):
     """The CLIP in a state dict, bare or under "state_dict" as OpenCLIP's training saves it."""
     tensors = {k.removeprefix("module."): v for k, v in found.get("state_dict", found).items()}
-    arch = architecture(tensors, config)
+    try:
+        arch = architecture(tensors, config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not config and not arch["quick_gelu"]:
         print(f"{path}: a bare state dict does not tell activation and pixel mean: GELU, CLIP's mean taken")
     for name in ("input_resolution", "context_length", "vocab_size"):
