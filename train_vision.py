@@ -83,6 +83,10 @@ def train(args, device):
     header = dict(arch=clip.arch, classes=data.classes, templates=data.templates, data=args.data,
                   args=settings)
 
+    def view(i, generator):
+        x = take(pixels, i, device)
+        return images.augment(x, generator) if args.augment else x
+
     if pretraining:
         header |= dict(kind="clip")
         policy, base, texts = clip, None, images.captions(data).to(device)
@@ -90,7 +94,7 @@ def train(args, device):
         def fetch(i, generator):
             one = torch.randint(texts.shape[1], (len(i),), generator=generator)
             caption = take(texts.flatten(0, 1), i * texts.shape[1] + one, device)
-            return (take(pixels, i, device), caption), torch.arange(len(i), device=device).repeat(2), None
+            return (view(i, generator), caption), torch.arange(len(i), device=device).repeat(2), None
     else:
         header |= dict(kind="classifier", method=args.method, beta=args.beta, source=args.base)
         policy = classifier(clip, prompts)
@@ -102,9 +106,8 @@ def train(args, device):
             base, cached = None, prt.predict(policy, pixels)  # [N, L]
 
         def fetch(i, generator):
-            x = take(pixels, i, device)
-            x = images.augment(x, generator) if args.augment else x
-            return (x,), take(labels, i, device), None if cached is None else take(cached, i, device)
+            known = None if cached is None else take(cached, i, device)
+            return (view(i, generator),), take(labels, i, device), known
 
     warmup = args.steps // 4 if args.warmup is None else args.warmup
     prt.fit(policy, lambda step: prt.shuffled(step, len(labels), args.batch, args.seed), fetch, base=base,

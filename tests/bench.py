@@ -1,9 +1,11 @@
-"""Speed and memory as ratios, both sides of each measured in this one process, alternately, the median of several.
+"""Speed and memory as ratios, both sides of each measured in this one process, alternately, the median of
+several.
 
 python tests/bench.py                                     ViT-B-16 at 224 pixels, random weights
 python tests/bench.py --batch 128 --json bench.json       on a GPU
 
-Where open_clip or transformers is installed, the image tower's forward is compared with theirs on the same weights.
+Where open_clip or transformers is installed, the image tower's forward is compared with theirs on the same
+weights.
 """
 import argparse
 import contextlib
@@ -24,8 +26,8 @@ import prt  # noqa: E402
 from data import images  # noqa: E402
 from models.clip import CLIP, Classifier, normalize  # noqa: E402
 
-TEXT = dict(embed_dim=512, text_width=512, text_layers=12, text_heads=8, context=77, vocab=49408, quick_gelu=False,
-            mean=[0.5] * 3, std=[0.5] * 3)
+TEXT = dict(embed_dim=512, text_width=512, text_layers=12, text_heads=8, context=77, vocab=49408,
+            quick_gelu=False, mean=[0.5] * 3, std=[0.5] * 3)
 ARCHS = {"ViT-B-16": TEXT | dict(image_size=224, width=768, layers=12, patch=16, heads=12),
          "ViT-L-14": TEXT | dict(embed_dim=768, image_size=224, width=1024, layers=24, patch=14, heads=16),
          "RN50": TEXT | dict(embed_dim=1024, image_size=224, width=64, layers=[3, 4, 6, 3], heads=32)}
@@ -47,7 +49,8 @@ def alternate(device, repeats, *functions):
 
 
 def trainer(args, device, mode):
-    """A function that runs args.steps of `mode`: ft, prt, ft-augment or prt-augment, with the base that it needs."""
+    """A function that runs args.steps of `mode`: ft, prt, ft-augment or prt-augment, with the base that it
+    needs."""
     arch = ARCHS[args.model]
     torch.manual_seed(args.seed)
     size, head = arch["image_size"], torch.nn.functional.normalize(torch.randn(100, arch["embed_dim"]))
@@ -75,7 +78,7 @@ def step_times(args, device):
     for key, view in (("image_step_prt_vs_ft", ""), ("image_step_augment_prt_vs_ft", "-augment")):
         runs = [trainer(args, device, method + view) for method in ("ft", "prt")]
         ft, reward = (seconds / args.steps for seconds in alternate(device, args.repeats, *runs))
-        print(f"{args.model} step{view}, batch {args.batch}: ft {1000 * ft:.1f} ms, prt {1000 * reward:.1f} ms")
+        print(f"{args.model} step{view}, batch {args.batch}: ft {1000 * ft:.0f} ms, prt {1000 * reward:.0f} ms")
         found[key] = reward / ft
     return found
 
@@ -84,7 +87,8 @@ def peaks(args):
     """Peak memory of tuning over (fine-tuning's + the base's weights), each in a process of its own."""
     mib = {}
     for mode in ("ft", "prt", "prt-augment"):
-        command = [sys.executable, __file__, "--peak", mode, "--model", args.model, "--batch", str(args.batch)]
+        command = [sys.executable, __file__, "--peak", mode, "--model", args.model]
+        command += ["--batch", str(args.batch), "--steps", str(args.steps)]
         command += ["--device", args.device] if args.device else []
         mib[mode] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     weights = sum(p.nbytes for p in Classifier(ARCHS[args.model], torch.zeros(1)).parameters()) / 2**20
@@ -102,7 +106,8 @@ def peak(args, device):
 
 
 def forward(args, device):
-    """The image tower's forward against open_clip's and transformers', ours over theirs in images per second."""
+    """The image tower's forward against open_clip's and transformers', ours over theirs in images per
+    second."""
     arch, found = ARCHS[args.model], {}
     torch.manual_seed(args.seed)
     ours = CLIP(arch).eval().to(device)
@@ -116,8 +121,8 @@ def forward(args, device):
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             difference = (ours.encode_image(x) - theirs(x)).abs().max().item()
             a, b = alternate(device, args.repeats, lambda: ours.encode_image(x), lambda: theirs(x))
-        print(f"{args.model} forward, batch {args.batch}: {len(x) / a:.2f} images/s here, {len(x) / b:.2f} in {name} "
-              f"(largest difference of the features {difference:.1e})")
+        print(f"{args.model} forward, batch {args.batch}: {len(x) / a:.2f} images/s here, {len(x) / b:.2f} in "
+              f"{name} (largest difference of the features {difference:.1e})")
         found[f"image_vs_{name}"] = b / a
     return found
 
@@ -125,7 +130,8 @@ def forward(args, device):
 def open_clip_tower(arch, tensors):
     from open_clip.model import CLIP as Peer, CLIPTextCfg, CLIPVisionCfg
 
-    vision = CLIPVisionCfg(layers=arch["layers"], width=arch["width"], patch_size=arch.get("patch"), image_size=224)
+    vision = CLIPVisionCfg(layers=arch["layers"], width=arch["width"], patch_size=arch.get("patch"),
+                           image_size=224)
     peer = Peer(arch["embed_dim"], vision, CLIPTextCfg(width=512, heads=8, layers=12))
     peer.load_state_dict(tensors)
     return peer.visual
@@ -137,15 +143,16 @@ def transformers_tower(arch, tensors):
     if isinstance(arch["layers"], list):
         raise ImportError("transformers has no ModifiedResNet")
     width = arch["width"]
-    config = CLIPVisionConfig(hidden_size=width, intermediate_size=4 * width, projection_dim=arch["embed_dim"],
-                              num_hidden_layers=arch["layers"], num_attention_heads=arch["heads"], image_size=224,
-                              patch_size=arch["patch"], hidden_act="gelu")
+    config = CLIPVisionConfig(hidden_size=width, intermediate_size=4 * width, hidden_act="gelu",
+                              num_hidden_layers=arch["layers"], num_attention_heads=arch["heads"],
+                              image_size=224, patch_size=arch["patch"], projection_dim=arch["embed_dim"])
     peer, mapped = CLIPVisionModelWithProjection(config), {}
-    names = {"conv1.weight": "embeddings.patch_embedding.weight", "class_embedding": "embeddings.class_embedding",
+    names = {"conv1.weight": "embeddings.patch_embedding.weight",
+             "class_embedding": "embeddings.class_embedding",
              "positional_embedding": "embeddings.position_embedding.weight"}
-    parts = (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm"), ("transformer.resblocks", "encoder.layers"),
-             ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"),
-             ("attn.out_proj", "self_attn.out_proj"))
+    parts = (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm"), ("ln_1", "layer_norm1"),
+             ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"),
+             ("transformer.resblocks", "encoder.layers"), ("attn.out_proj", "self_attn.out_proj"))
     for name, tensor in tensors.items():
         if not name.startswith("visual."):
             continue
@@ -191,8 +198,9 @@ if __name__ == "__main__":
     device = prt.setup(args.device)
     if args.peak:
         sys.exit(print(peak(args, device)))
-    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}, "
-          f"{'bfloat16' if device.type == 'cuda' else 'float32'}, torch {torch.__version__}, seed {args.seed}")
+    cuda = device.type == "cuda"
+    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{where}, {'bfloat16' if cuda else 'float32'}, torch {torch.__version__}, seed {args.seed}")
     ratios = forward(args, device) | step_times(args, device) | peaks(args)
     for name, ratio in ratios.items():
         print(f"{name} {ratio:.3f}")

@@ -25,7 +25,8 @@ def test_reward_with_uniform_reference_is_beta_times_the_logits_up_to_a_constant
 def test_tilt_is_base_times_exp_reward_over_beta(beta):
     want = BASE.softmax(-1) * (LOGITS / beta).exp()
     assert torch.allclose(prt.tilt(BASE, LOGITS, beta).exp(), want / want.sum(-1, keepdim=True), atol=1e-6)
-    assert torch.allclose(prt.tilt(BASE, LOGITS, beta), prt.tilt(F.log_softmax(BASE, -1), LOGITS, beta), atol=1e-5)
+    normalised = prt.tilt(F.log_softmax(BASE, -1), LOGITS, beta)
+    assert torch.allclose(prt.tilt(BASE, LOGITS, beta), normalised, atol=1e-5)
 
 
 def test_half_precision_is_computed_in_float32():
@@ -36,8 +37,9 @@ def test_half_precision_is_computed_in_float32():
 
 
 def test_eft_on_the_source_is_the_tuned_model():
-    assert torch.allclose(prt.tilt(REF, prt.reward(LOGITS, REF)), F.log_softmax(LOGITS, -1), atol=1e-5)
-    assert torch.allclose(prt.tilt(REF, prt.reward(LOGITS, REF, 0.3), 0.3), F.log_softmax(LOGITS, -1), atol=1e-5)
+    for beta in (1.0, 0.3):
+        tilted = prt.tilt(REF, prt.reward(LOGITS, REF, beta), beta)
+        assert torch.allclose(tilted, F.log_softmax(LOGITS, -1), atol=1e-5)
 
 
 def test_normalised_reward_stands_for_one_fine_tuned_model():
@@ -122,7 +124,7 @@ def train(network=None, fetch=fetch, **options):
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
 def close(a, b):
@@ -132,12 +134,13 @@ def close(a, b):
 def test_every_epoch_sees_every_example_once():
     seen = torch.cat([prt.shuffled(step, 40, 16, seed=3) for step in range(5)])  # 80 = two epochs
     first, second = seen[:40], seen[40:]
-    assert torch.equal(first.sort().values, torch.arange(40)) and torch.equal(second.sort().values, torch.arange(40))
+    assert torch.equal(first.sort().values, torch.arange(40))
+    assert torch.equal(second.sort().values, torch.arange(40))
     assert not torch.equal(first, second)
     assert len(prt.shuffled(0, 5, 16, 0)) == 16  # a batch larger than the data
 
 
-@pytest.mark.parametrize("decay, middle", [("cosine", 0.5 * (1 + math.cos(math.pi * 0.25))), ("linear", 0.75)])
+@pytest.mark.parametrize("decay, middle", [("cosine", 0.5 + 0.5 * math.cos(math.pi / 4)), ("linear", 0.75)])
 def test_schedule(decay, middle):
     """Warm-up reaches the peak, the decay starts there and ends near zero."""
     factors = [prt.schedule(step, 100, 20, decay) for step in range(100)]
@@ -208,7 +211,8 @@ def test_resumed_run_equals_one_never_interrupted(stop):
         return (X[i] + torch.randn(len(i), 6, generator=generator),), Y[i], CACHED[i]
 
     saved = {}
-    whole, _ = train(fetch=noisy, warmup=4, save_every=1, save=lambda s: saved.update({s["step"]: copy.deepcopy(s)}))
+    keep = lambda s: saved.update({s["step"]: copy.deepcopy(s)})  # noqa: E731
+    whole, _ = train(fetch=noisy, warmup=4, save_every=1, save=keep)
     assert "optimizer" in saved[stop] and "optimizer" not in saved[12]
     torch.manual_seed(99)
     resumed = torch.nn.Linear(6, 3)
