@@ -5,6 +5,8 @@ python eval.py --reward reward.pt --base laion/CLIP-ViT-B-16-laion2B-s34B-b88K -
 python eval.py --reward reward.pt --base new.pt --tuned ft.pt --oracle new_ft.pt --picture grid.png
 """
 import argparse
+import contextlib
+import ctypes
 import functools
 import json
 import math
@@ -56,16 +58,15 @@ def main():
     base = classifier(weights.load(args.base, "clip"), prompts)
     tuned = weights.load(args.tuned, "ft") if args.tuned else None
     oracle = weights.load(args.oracle, "ft") if args.oracle else None
-    for path, model in ((args.tuned, tuned), (args.oracle, oracle)):
+    source = args.ref or info["source"]
+    for path, model, used in ((args.tuned, tuned, source), (args.oracle, oracle, args.base)):
         if model:
             same_classes(path, model.info["classes"], args.reward[0], info["classes"])
-    source = args.ref or info["source"]
-    if tuned and not args.ref and tuned.info["source"] != source:
-        raise ValueError(f"{args.tuned} came from {tuned.info['source']}, {args.reward[0]} from {source}: "
-                         "name the base that both came from with --ref")
+            if model.info["source"] != used:
+                print(f"note: {path} was tuned from {model.info['source']}; the table takes {used} for it")
     try:
         ref = classifier(weights.load(source, "clip"), prompts)
-    except FileNotFoundError as error:
+    except OSError as error:
         if args.ref or args.tuned:
             raise
         ref = print(f"the rows of the source base are left out: {error}")
@@ -112,6 +113,8 @@ def main():
                  dtype="bfloat16 autocast" if cuda else "float32", torch=torch.__version__)
     table(rows, about)
     if args.json:
+        for r in rows:
+            r["mib"] = None if math.isnan(r["mib"]) else r["mib"]
         with weights.atomic(args.json) as f:
             f.write(json.dumps(about | dict(rows=rows), indent=1).encode())
     if args.picture:
@@ -149,7 +152,7 @@ def measure(models, inputs, device, repeats=5):
     inputs = [x.to(device) for x in inputs]
     models = [m.to(device) for m in models]
     size = sum(t.nbytes for m in models for t in (*m.parameters(), *m.buffers()))
-    clock, extra = [], 0
+    clock, extra = [], 0.0
     for _ in range(repeats + 1):
         before = reset_peak(device)
         start = time.perf_counter()
@@ -170,7 +173,10 @@ def reset_peak(device):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
-    if PROC.exists():
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)  # pages that are free already would hide the next peak
+    with contextlib.suppress(OSError):
         (PROC / "clear_refs").write_text("5")  # Linux: the peak of the resident set starts again
     return resident("VmRSS")
 
@@ -180,9 +186,10 @@ def peak(device):
 
 
 def resident(key):
-    if not PROC.exists():
+    try:
+        return int((PROC / "status").read_text().split(key + ":")[1].split()[0]) / 2**10
+    except (OSError, IndexError):
         return math.nan
-    return int((PROC / "status").read_text().split(key + ":")[1].split()[0]) / 2**10
 
 
 def table(rows, about):

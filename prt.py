@@ -12,8 +12,6 @@ labels, without further training.
 files: a policy is any module that maps inputs to logits [..., L].
 """
 import argparse
-import contextlib
-import datetime
 import functools
 import math
 import os
@@ -58,14 +56,15 @@ def prt_loss(base_logits, r, targets, beta=1.0, alpha=0.0, ignore_index=-100):
     ignore_index, 0 where there are none. With alpha 0 the gradient in r is (pi_r - onehot) / (beta * count).
     """
     log_probs = tilt(base_logits, r, beta)
-    counts = targets != ignore_index
-    n = counts.sum().clamp(min=1)
-    nll = F.nll_loss(log_probs.flatten(0, -2), targets.flatten(), ignore_index=ignore_index, reduction="sum")
+    log_probs = log_probs.reshape(-1, log_probs.shape[-1])  # [N, L]
+    nll = F.nll_loss(log_probs, targets.reshape(-1), ignore_index=ignore_index, reduction="sum")
+    mask = targets != ignore_index
+    n = mask.sum().clamp(min=1)
     if not alpha:
         return nll / n
     log_q = F.log_softmax(r.float(), -1)
     entropy = -(log_q.exp() * log_q).sum(-1)  # [...]
-    return (nll - alpha * (entropy * counts).sum()) / n
+    return (nll - alpha * (entropy * mask).sum()) / n
 
 
 def same_labels(name, logits, other, other_logits):
@@ -99,7 +98,7 @@ def schedule(step, steps, warmup, decay):
 
 def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alpha=0.0, lr=1e-5, warmup=0,
         decay="cosine", weight_decay=0.0, clip=1.0, accum=1, seed=0, compile=False, log_every=50,
-        save_every=500, save=None, state=None, name="fit"):
+        save=None, save_every=None, state=None, name="fit"):
     """Algorithm 1: trains `policy` in place so that the base, tilted by its reward, predicts the targets.
 
     policy: module, policy(*inputs) -> logits [..., L], whose parameters with requires_grad move. Its mode is
@@ -115,15 +114,16 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
         fine-tuning).
     accum: micro-batches a step and process. The loss is the mean over the targets of all of them together, on
         all of torchrun's processes together.
-    save: called with {"model", "step", "optimizer"} every save_every steps, at the end without "optimizer".
+    save: called with {"model", "step", "optimizer"} every save_every steps (default: a quarter of them), and
+        at the end without "optimizer".
     state: what `save` was given, to go on from there: the weights become those of a run never interrupted.
 
-    AdamW in float32 (weight_decay 0 is the paper's Adam), bf16 autocast on CUDA. The device is waited for
-    only where something is logged or saved. Returns a dict per log step. Raises FloatingPointError before
-    anything is saved that is not finite.
+    AdamW in float32 (weight_decay 0 is the paper's Adam), its loop over the tensors fused, bf16 autocast on
+    CUDA. The device is waited for only where something is logged or saved. Returns a dict per log step.
+    Raises FloatingPointError, and saves nothing more, once a loss or gradient was not finite.
     """
-    if warmup >= steps and steps > 1:
-        raise ValueError(f"a warm-up of {warmup} steps leaves none of {steps} steps to train; lower --warmup")
+    if not 0 <= warmup < steps:
+        raise ValueError(f"a warm-up of {warmup} steps does not fit into {steps} steps; change --warmup")
     device = next(policy.parameters()).device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     params = [p for p in policy.parameters() if p.requires_grad]
@@ -133,14 +133,15 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
         policy.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    ddp = torch.nn.parallel.DistributedDataParallel(policy) if world > 1 else None
+    ddp = torch.nn.parallel.DistributedDataParallel(policy, broadcast_buffers=False) if world > 1 else None
     net = ddp or policy  # what runs; what is saved and scored is `policy`
-    net = torch.compile(net) if compile else net
+    if compile:
+        net, base = torch.compile(net), base and torch.compile(base)
+    save_every = save_every or max(1, steps // 4)
     history, generator = [], torch.Generator()
-    totals = torch.zeros(4, device=device)  # loss, right answers, targets, gradient norm: since the last log
+    totals = torch.zeros(4, device=device, dtype=torch.float64)  # loss, correct, targets, gradient norm
     last, clock = start, time.perf_counter()
-    quiet = rank > 0 or not sys.stderr.isatty()
-    bar = tqdm(total=steps, initial=start, desc=name, disable=quiet, dynamic_ncols=True)
+    bar = tqdm(total=steps, initial=start, desc=name, disable=rank > 0 or None, dynamic_ncols=True)
     for step in range(start, steps):
         end = step + 1 == steps
         logging, saving = end or (step + 1) % log_every == 0, save and (end or (step + 1) % save_every == 0)
@@ -148,12 +149,12 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
         batch = indices(step)
         if len(batch) % (world * accum):
             raise ValueError(f"a batch of {len(batch)} does not split into {accum} x {world} micro-batches")
-        micro = []
-        for i, part in list(enumerate(batch.chunk(world * accum)))[rank::world]:
-            micro.append(fetch(part, generator.manual_seed((seed * 1_000_003 + step) * 1_009 + i)))
+        micro = [fetch(part, generator.manual_seed((seed * 1_000_003 + step) * 1_009 + i))
+                 for i, part in list(enumerate(batch.chunk(world * accum)))[rank::world]]
         count = sum((targets >= 0).sum() for _, targets, _ in micro)
         if world > 1:
             dist.all_reduce(count)
+        moved = torch.zeros((), device=device)
         for i, (inputs, targets, base_logits) in enumerate(micro):
             if ddp:
                 ddp.require_backward_grad_sync = i + 1 == len(micro)
@@ -165,12 +166,14 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
                         base_logits = base(*inputs)
             base_logits = torch.zeros_like(logits) if base_logits is None else base_logits
             r = reward(logits, base_logits if method == "ft" else None, beta)
-            here = (targets >= 0).sum()
-            loss = prt_loss(base_logits, r, targets, beta, alpha) * here
+            n = (targets >= 0).sum()
+            loss = prt_loss(base_logits, r, targets, beta, alpha) * n
             (loss * (world / count.clamp(min=1))).backward()  # DistributedDataParallel averages the gradients
             with torch.no_grad():
-                right = ((base_logits + r / beta).argmax(-1) == targets).sum()
-                totals[:3] += torch.stack([loss, right, here])
+                correct = ((base_logits + r / beta).argmax(-1) == targets).sum()
+                totals[:3] += torch.stack([loss, correct, n])
+                if logging:
+                    moved += (kl(tilt(base_logits, r, beta), base_logits) * (targets >= 0)).sum()
         totals[3] += torch.nn.utils.clip_grad_norm_(params, clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -179,18 +182,19 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
             continue
         if world > 1:
             dist.all_reduce(totals)
-        loss, right, seen, norm = totals.tolist()  # waits for the device
+            dist.all_reduce(moved)
+        loss, correct, seen, norm = totals.tolist()  # waits for the device
+        loss /= max(seen, 1)
         if not math.isfinite(loss + norm):
             raise FloatingPointError(
-                f"step {step + 1}: loss {loss / seen:.4g}, gradient norm {norm:.4g}; stopped, the last "
-                "checkpoint is kept. Lower --lr or lengthen --warmup")
+                f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}. Stopped, the last checkpoint "
+                "is kept. Start anew (another --out) with a lower --lr or a longer --warmup")
         seconds = (time.perf_counter() - clock) / (step + 1 - last)
-        moved = kl(tilt(base_logits, r.detach(), beta), base_logits)[targets >= 0].mean().item()
-        row = dict(step=step + 1, loss=loss / max(seen, 1), accuracy=right / max(seen, 1), kl=moved,
-                   per_second=len(batch) / seconds, peak_mib=peak_memory(device))
-        if rank == 0 and logging:
-            history.append(row)
-            report(bar, name, row, steps, seconds)
+        if logging:
+            history.append(dict(step=step + 1, loss=loss, accuracy=correct / max(seen, 1),
+                                kl=moved.item() / max(count.item(), 1), per_second=len(batch) / seconds,
+                                peak_mib=peak_memory(device)))
+            report(bar, name, history[-1], steps, seconds)
         if rank == 0 and saving:
             done = dict(model=policy.state_dict(), step=step + 1)
             save(done if end else done | dict(optimizer=optimizer.state_dict()))
@@ -211,17 +215,10 @@ def report(bar, name, row, steps, seconds):
     """One log step: on the progress bar of a terminal, or as a plain line where output is none."""
     text = ("loss {loss:.4f}, accuracy {accuracy:.3f}, KL {kl:.3f}, {per_second:.0f}/s, "
             "{peak_mib:.0f} MiB").format(**row)
+    bar.set_postfix_str(text)
     if bar.disable:
         left = seconds * (steps - row["step"])
         print(f"{name} {row['step']}/{steps}: {text}, {left:.0f} s left", flush=True)
-    else:
-        bar.set_postfix_str(text)
-
-
-def say(text):
-    """Prints a line, on the first of torchrun's processes alone."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)
 
 
 @torch.no_grad()
@@ -262,7 +259,7 @@ def arguments(doc):
     p.add_argument("--batch", type=positive(int), help="examples a step, on all processes together")
     p.add_argument("--lr", type=positive(float), help="peak learning rate")
     p.add_argument("--warmup", type=int, help="steps of linear warm-up (default: a quarter of the steps)")
-    p.add_argument("--beta", type=positive(float), default=1.0, help="weight of the KL term (paper: lambda)")
+    p.add_argument("--beta", type=positive(float), default=1.0, help="unit of the reward (paper: lambda)")
     p.add_argument("--alpha", type=float, default=0.0, help="weight of the reward's entropy (eq. 12)")
     p.add_argument("--accum", type=positive(int), default=1, help="micro-batches a step and process")
     p.add_argument("--seed", type=int, default=0)
@@ -282,31 +279,22 @@ def positive(kind):
 
 
 def setup(device=None):
-    """Turns TF32 on, joins torchrun's process group where there is one, and returns the device to use."""
+    """Turns TF32 on, joins torchrun's processes (only the first prints), returns the device to use."""
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"--device {device}: {error}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
+    if device.type != "cpu" and not (device.type == "cuda" and torch.cuda.is_available()):
+        raise ValueError(f"--device {device}: use --device cpu, or cuda where torch finds such a device")
     torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        hours = datetime.timedelta(hours=4)  # how long the others wait for the first in first_alone
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=hours)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
     return device
-
-
-@contextlib.contextmanager
-def first_alone():
-    """Torchrun's first process runs the block alone, to download and fill caches, then the others do."""
-    if dist.is_initialized() and dist.get_rank() > 0:
-        dist.barrier()
-    yield
-    if dist.is_initialized() and dist.get_rank() == 0:
-        dist.barrier()
 
 
 def run(main):
@@ -315,7 +303,7 @@ def run(main):
     try:
         main()
     except (ValueError, OSError, ArithmeticError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     finally:
         if dist.is_initialized():

@@ -49,30 +49,38 @@ def main():
     folder = Path(args.out or f"out/shapes-{args.seed}")
     paths = {name: f"{folder / name}.pt" for name in DEMO}
     for name, recipe in DEMO.items():
-        unfinished = Path(paths[name]).exists() and "optimizer" in weights.read(paths[name])
-        if Path(paths[name]).exists() and not unfinished:
-            prt.say(f"{paths[name]} is kept; delete it to make it anew")
-            continue
         recipe = recipe | dict(base=paths.get(recipe.get("base")))
-        run = vars(args) | recipe | given | dict(out=paths[name], resume=unfinished)
-        train(argparse.Namespace(**run), device)
-    prt.say("\npython eval.py --reward {reward} --base {new} --tuned {tuned} --ref {old} --oracle {oracle} "
-            "--picture {folder}/picture.png".format(folder=folder, **paths))
+        own = dict(out=paths[name], size=recipe.get("size"))
+        run = argparse.Namespace(**vars(args) | recipe | given | own)
+        kept = weights.read(run.out) if Path(run.out).exists() else None
+        if kept and "optimizer" not in kept:
+            if kept["args"] != settings(run):
+                raise ValueError(f"{run.out} was made with other arguments; name another --out")
+            print(f"{run.out} is kept")
+        else:
+            run.resume = kept is not None
+            train(run, device)
+    print("\npython eval.py --reward {reward} --base {new} --tuned {tuned} --ref {old} --oracle {oracle} "
+          "--picture {folder}/picture.png".format(folder=folder, **paths))
+
+
+def settings(args):
+    """The arguments that a run's result depends on."""
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "device", "compile", "out")}
 
 
 def take(tensor, i, device):
-    """tensor[i] on the device, without waiting for it, wherever the tensor lies."""
+    """tensor[i] on the device, without waiting for it where the tensor lies there."""
     return tensor[i.to(tensor.device, non_blocking=True)].to(device, non_blocking=True)
 
 
 def train(args, device):
     """One run: data, base, reward, fit, score."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("resume", "device", "compile", "out")}
-    state = weights.unfinished(args.out, args.resume, settings)
+    state = weights.unfinished(args.out, args.resume, settings(args))
     torch.manual_seed(args.seed)
     pretraining = args.method == "pretrain"
     split = "captioned" if pretraining and args.data == "shapes" else "train"
-    with prt.first_alone():
+    with weights.alone():
         clip = CLIP(SIZES[args.size]) if pretraining else weights.load(args.base, "clip")
         data, test = (images.load(args.data, name, clip.arch["image_size"]) for name in (split, "test"))
     if state and state["classes"] != data.classes:
@@ -81,7 +89,7 @@ def train(args, device):
     pixels, labels = prt.place(data.images, device), data.labels.to(device)
     prompts = images.prompts(data.classes, data.templates)
     header = dict(arch=clip.arch, classes=data.classes, templates=data.templates, data=args.data,
-                  args=settings)
+                  args=settings(args))
 
     def view(i, generator):
         x = take(pixels, i, device)
@@ -115,14 +123,12 @@ def train(args, device):
             accum=args.accum, seed=args.seed, compile=args.compile, state=state, name=Path(args.out).stem,
             save=lambda done: weights.save(args.out, header | done))
 
-    if pretraining:
-        scores = prt.predict(classifier(policy, prompts), test.images)
-    else:
-        scores = prt.predict(policy, test.images)
+    scores = prt.predict(classifier(policy, prompts) if pretraining else policy, test.images)
+    if not pretraining:
         r = prt.reward(scores, test_base if args.method == "ft" else None, args.beta)
         scores = prt.tilt(test_base, r, args.beta)
-        prt.say(f"{args.base} alone: {prt.accuracy(test_base, test.labels):.2%} on the test split")
-    prt.say(f"{args.out}: {prt.accuracy(scores, test.labels):.2%} on the test split")
+        print(f"{args.base} alone: {prt.accuracy(test_base, test.labels):.2%} on the test split")
+    print(f"{args.out}: {prt.accuracy(scores, test.labels):.2%} on the test split")
 
 
 if __name__ == "__main__":

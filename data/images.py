@@ -7,7 +7,6 @@ image). `load` turns samples into tensors once and keeps them in a cache file.
 import colorsys
 import functools
 import hashlib
-import io
 import math
 import pickle
 import random
@@ -29,6 +28,7 @@ HUB = dict(caltech101="wds_vtab-caltech101", flowers="wds_vtab-flowers", resisc4
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 CIFAR_SHA256 = "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+OPEN = functools.partial(Image.open, formats=("JPEG", "PNG", "WEBP", "BMP"))  # never PostScript
 
 
 class Images(NamedTuple):
@@ -117,17 +117,19 @@ def pack(source, split, size, classes, templates, samples, texts=()):
     images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
     for i, (_, name, image) in enumerate(tqdm(samples, desc=f"{source} {split}", disable=None)):
         try:
-            images[i] = square(image(), size)
+            images[i] = resize_crop(image(), size)
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise ValueError(f"{name}: damaged or no image ({error})") from None
     return Images(images, labels, list(classes), list(templates), list(texts))
 
 
-def square(image, size):
+def resize_crop(image, size):
     """PIL image -> uint8 [3, size, size]: antialiased bicubic resize of the short side, centre crop."""
     image = image.convert("RGB")
     w, h = image.size
     w, h = max(size, size * w // h), max(size, size * h // w)
+    if max(w, h) > 1024 * size:  # a strip that the resize would blow up
+        raise ValueError(f"{image.size[0]} x {image.size[1]} pixels")
     image = image.resize((w, h), Image.BICUBIC)
     left, top = round((w - size) / 2), round((h - size) / 2)
     pixels = np.array(image.crop((left, top, left + size, top + size)))  # [S, S, 3]
@@ -153,12 +155,12 @@ def webdataset(fetch, split):
         path = fetch(f"{split}/{i}.tar")
         try:
             tar = tarfile.open(path, "r:")
-            members = {m.name: m for m in tar if m.isfile()}
+            members = {m.name: m for m in tar if m.isfile() and not m.issparse()}
         except tarfile.TarError as error:
             raise ValueError(f"{path}: damaged or truncated tar ({error})") from None
         with open(path, "rb") as f:
             f.seek(tar.offset)  # where tarfile stopped reading: nothing but the end mark may follow
-            rest = f.read()
+            rest = f.read(1 << 20)
             if any(rest) or len(rest) < 1024:
                 raise ValueError(f"{path}: tar truncated or damaged at byte {tar.offset}")
         for name, member in members.items():
@@ -170,7 +172,7 @@ def webdataset(fetch, split):
             text = tar.extractfile(label).read(20).decode(errors="replace").strip()
             if not text.isdecimal():
                 raise ValueError(f"{path}: {label.name} holds {text!r}, not a class number")
-            image = lambda tar=tar, member=member: Image.open(io.BytesIO(tar.extractfile(member).read()))
+            image = lambda tar=tar, member=member: OPEN(tar.extractfile(member))
             samples.append((int(text), f"{path}: {name}", image))
     return classes, templates, samples
 
@@ -181,7 +183,7 @@ def folder(root, split):
     names = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
     if strange := sorted({p.name for p in (root / split).iterdir() if p.is_dir()} - set(names)):
         raise ValueError(f"{root / split}: {strange[0]!r} is no class of {root / 'train'}")
-    samples = [(i, path, functools.partial(Image.open, path)) for i, name in enumerate(names)
+    samples = [(i, path, functools.partial(OPEN, path)) for i, name in enumerate(names)
                for path in sorted((root / split / name).glob("*")) if path.suffix.lower() in SUFFIXES]
     file = root / "zeroshot_classification_templates.txt"
     templates = lines(file) if file.exists() else ["a photo of a {c}."]

@@ -39,12 +39,13 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width, heads, act):
+    def __init__(self, width, heads, quick_gelu):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        parts = dict(c_fc=nn.Linear(width, 4 * width), gelu=act(), c_proj=nn.Linear(4 * width, width))
+        act = QuickGELU() if quick_gelu else nn.GELU()
+        parts = dict(c_fc=nn.Linear(width, 4 * width), gelu=act, c_proj=nn.Linear(4 * width, width))
         self.mlp = nn.Sequential(OrderedDict(parts))
 
     def forward(self, x, causal=False, n=None):
@@ -55,13 +56,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width, layers, heads, act):
+    def __init__(self, width, layers, heads, quick_gelu):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, act) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, heads, quick_gelu) for _ in range(layers))
 
 
 class VisionTransformer(nn.Module):
-    def __init__(self, arch, act):
+    def __init__(self, arch):
         super().__init__()
         width, patch = arch["width"], arch["patch"]
         scale = width**-0.5
@@ -70,7 +71,7 @@ class VisionTransformer(nn.Module):
         tokens = (arch["image_size"] // patch) ** 2 + 1
         self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, arch["layers"], arch["heads"], act)
+        self.transformer = Transformer(width, arch["layers"], arch["heads"], arch["quick_gelu"])
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, arch["embed_dim"]))
 
@@ -91,11 +92,12 @@ class Bottleneck(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(inputs, planes, 1, bias=False), nn.BatchNorm2d(planes)
         self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False), nn.BatchNorm2d(planes)
         self.conv3, self.bn3 = nn.Conv2d(planes, 4 * planes, 1, bias=False), nn.BatchNorm2d(4 * planes)
-        self.pool = nn.AvgPool2d(stride)  # strides are average pools: every pixel counts
+        pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()  # strides are pools: every pixel counts
+        self.pool = pool
         self.downsample = None
         if stride > 1 or inputs != 4 * planes:
             conv = nn.Conv2d(inputs, 4 * planes, 1, bias=False)
-            parts = {"-1": nn.AvgPool2d(stride), "0": conv, "1": nn.BatchNorm2d(4 * planes)}
+            parts = {"-1": pool, "0": conv, "1": nn.BatchNorm2d(4 * planes)}
             self.downsample = nn.Sequential(OrderedDict(parts))
 
     def forward(self, x):
@@ -147,8 +149,7 @@ class ModifiedResNet(nn.Module):
 
 
 def image_tower(arch):
-    act = QuickGELU if arch["quick_gelu"] else nn.GELU
-    return ModifiedResNet(arch) if isinstance(arch["layers"], list) else VisionTransformer(arch, act)
+    return ModifiedResNet(arch) if isinstance(arch["layers"], list) else VisionTransformer(arch)
 
 
 def normalize(images, arch):
@@ -173,10 +174,9 @@ class CLIP(nn.Module):
         super().__init__()
         self.arch, width = arch, arch["text_width"]
         self.visual = image_tower(arch)
-        act = QuickGELU if arch["quick_gelu"] else nn.GELU
         self.token_embedding = nn.Embedding(arch["vocab"], width)
         self.positional_embedding = nn.Parameter(torch.randn(arch["context"], width) * 0.01)
-        self.transformer = Transformer(width, arch["text_layers"], arch["text_heads"], act)
+        self.transformer = Transformer(width, arch["text_layers"], arch["text_heads"], arch["quick_gelu"])
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.randn(width, arch["embed_dim"]) * width**-0.5)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())

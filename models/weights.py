@@ -5,6 +5,7 @@ Everything from outside is data: nothing is unpickled beyond tensors and plain v
 before use.
 """
 import contextlib
+import fcntl
 import http.client
 import json
 import math
@@ -40,6 +41,15 @@ def atomic(path):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone():
+    """Runs the block in one process of this machine at a time: the first downloads and fills the cache."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)  # until f is closed
+        yield
 
 
 def save(path, checkpoint):
@@ -137,12 +147,11 @@ def read_safetensors(path):
                 raise ValueError(f"{name}: shape {shape} at bytes {begin} to {end} of {len(data) - start}")
             if count * dtype.itemsize != end - begin:
                 raise ValueError(f"{name}: {entry['dtype']} {shape} does not fill {end - begin} bytes")
-            tensors[name] = torch.empty(shape, dtype=dtype)
-            if count:  # frombuffer refuses none
+            if count:
                 flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin)
-                tensors[name] = flat.reshape(shape)
+            tensors[name] = flat.reshape(shape) if count else torch.empty(shape, dtype=dtype)
         return tensors
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged or truncated safetensors file: {error}") from None
 
 
@@ -206,15 +215,10 @@ def architecture(tensors, config):
                        heads=heads(features, features / head_width), image_size=32 * math.isqrt(tokens - 1))
 
 
-def fill(model, tensors, name):
-    """Gives a model built on the meta device its tensors, all of them, or names those that do not fit."""
-    want = model.state_dict()
-    wrong = [f"{k} missing" for k in want if k not in tensors]
-    wrong += [f"{k} left over" for k in tensors if k not in want]
-    wrong += [f"{k} is {list(v.shape)} instead of {list(want[k].shape)}"
-              for k, v in tensors.items() if k in want and v.shape != want[k].shape]
-    if wrong:
-        raise ValueError(f"{name}: the tensors do not fit: {'; '.join(wrong[:4])}" + "; …" * (len(wrong) > 4))
+def fill(model, tensors):
+    """Gives a model built on the meta device its tensors, float32, strictly, and puts it into eval mode."""
+    torch.tensor([model.arch["mean"], model.arch["std"]]).view(2, 3)  # raises where it is no pair of threes
+    tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(True)
 
@@ -239,31 +243,26 @@ def load(source, role=None):
             (path / "open_clip_pytorch_model.bin").exists() or hub(source, "open_clip_model.safetensors")
         except FileNotFoundError:
             hub(source, "open_clip_pytorch_model.bin")
-    if path.is_dir():
-        try:
-            config = json.loads((path / "open_clip_config.json").read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}/open_clip_config.json: {error}") from None
-        path /= "open_clip_model.safetensors"
-        path = path if path.exists() else path.with_name("open_clip_pytorch_model.bin")
-    found = read(path)
     try:
-        model = own(found, path) if "kind" in found else clip_from(found, config, path)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: neither a CLIP nor a checkpoint of this project ({error!r})") from None
-    found_role = model.info.get("method", model.info["kind"])
-    if role and role != found_role:
-        raise ValueError(f"{source} is {ROLES[found_role]}; {ROLES[role]} is needed here")
+        if path.is_dir():
+            config = json.loads((path / "open_clip_config.json").read_text())
+            path /= "open_clip_model.safetensors"
+            path = path if path.exists() else path.with_name("open_clip_pytorch_model.bin")
+        found = read(path)
+        model = own(found) if "kind" in found else clip_from(found, config, path)
+        found_role = ROLES[model.info.get("method", model.info["kind"])]
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        why = " ".join(str(error).split())[:400]
+        raise ValueError(f"{path}: not a CLIP or a checkpoint of this project: {why}") from None
+    if role and ROLES[role] != found_role:
+        raise ValueError(f"{source} is {found_role}; {ROLES[role]} is needed here")
     return model
 
 
 def clip_from(found, config, path):
     """The CLIP in a state dict, bare or under "state_dict" as OpenCLIP's training saves it."""
     tensors = {k.removeprefix("module."): v for k, v in found.get("state_dict", found).items()}
-    try:
-        arch = architecture(tensors, config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    arch = architecture(tensors, config)
     if not config and not arch["quick_gelu"]:
         print(f"{path}: a bare state dict does not tell activation and pixel mean: GELU, CLIP's mean taken")
     for name in ("input_resolution", "context_length", "vocab_size"):
@@ -271,13 +270,16 @@ def clip_from(found, config, path):
     with torch.device("meta"):
         model = CLIP(arch)
     model.info = dict(kind="clip")
-    return fill(model, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, path)
+    return fill(model, tensors)
 
 
-def own(checkpoint, path):
+def own(checkpoint):
     """The model in a checkpoint of `fit`: kind "clip" (both towers) or "classifier" (image tower, head)."""
+    arch, tensors = checkpoint["arch"], checkpoint["model"]
+    layers = arch["layers"] if isinstance(arch["layers"], list) else [arch["layers"]]
+    if max(layers) > len(tensors):  # else a damaged number builds modules for hours
+        raise ValueError(f"{layers} layers in {len(tensors)} tensors")
     with torch.device("meta"):
-        build = {"clip": CLIP, "classifier": lambda arch: Classifier(arch, checkpoint["model"]["head"])}
-        model = build[checkpoint["kind"]](checkpoint["arch"])
+        model = CLIP(arch) if checkpoint["kind"] == "clip" else Classifier(arch, tensors["head"])
     model.info = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
-    return fill(model, checkpoint["model"], path)
+    return fill(model, tensors)

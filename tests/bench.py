@@ -78,7 +78,7 @@ def step_times(args, device):
     for key, view in (("image_step_prt_vs_ft", ""), ("image_step_augment_prt_vs_ft", "-augment")):
         runs = [trainer(args, device, method + view) for method in ("ft", "prt")]
         ft, reward = (seconds / args.steps for seconds in alternate(device, args.repeats, *runs))
-        print(f"{args.model} step{view}, batch {args.batch}: ft {1000 * ft:.0f} ms, prt {1000 * reward:.0f} ms")
+        print(f"{args.model} step{view}, batch {args.batch}: ft {ft:.3f} s, prt {reward:.3f} s")
         found[key] = reward / ft
     return found
 
@@ -121,8 +121,8 @@ def forward(args, device):
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             difference = (ours.encode_image(x) - theirs(x)).abs().max().item()
             a, b = alternate(device, args.repeats, lambda: ours.encode_image(x), lambda: theirs(x))
-        print(f"{args.model} forward, batch {args.batch}: {len(x) / a:.2f} images/s here, {len(x) / b:.2f} in "
-              f"{name} (largest difference of the features {difference:.1e})")
+        print(f"{args.model} forward, batch {args.batch}: {len(x) / a:.2f} images/s, {name} {len(x) / b:.2f} "
+              f"(largest difference of the features {difference:.1e})")
         found[f"image_vs_{name}"] = b / a
     return found
 

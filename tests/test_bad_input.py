@@ -181,7 +181,7 @@ def test_nan_keeps_the_last_good_checkpoint(paths, monkeypatch, capfd):
 SPAWNED = {
     "unknown data": (TRAIN + "--data shapez", "--data shapez"),
     "truncated reward": (EVAL + "--reward {cut}", "{cut}"),
-    "diverged": (TRAIN + "--lr 1e30", "loss nan", "--lr"),
+    "diverged": (TRAIN + "--lr 1e30 --steps 8", "loss nan", "--lr"),
     "cifar100 out of reach": (TRAIN + "--data cifar100", images.CIFAR_URL, "cache/cifar-100-python.tar.gz"),
 }
 

@@ -229,11 +229,11 @@ def test_cifar100_without_network(cache):
 # Pixels
 
 @pytest.mark.parametrize("shape", [(40, 80), (80, 40), (33, 32), (31, 33), (7, 5), (1, 9), (300, 3)])
-def test_square(shape):
+def test_resize_crop(shape):
     """A squeezed aspect ratio, an off-centre crop, another filter: points lost in silence."""
     rng = np.random.default_rng(1)
     image = Image.fromarray(rng.integers(0, 256, (*shape[::-1], 3), dtype=np.uint8))
-    out = images.square(image, 32)
+    out = images.resize_crop(image, 32)
     short = min(shape)
     w, h = (32 if side == short else int(32 * side / short) for side in shape)
     resized = image.resize((w, h), Image.BICUBIC)
@@ -243,10 +243,10 @@ def test_square(shape):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
-def test_square_of_other_modes(mode):
+def test_resize_crop_of_other_modes(mode):
     """Greyscale and palette files give one channel, or fail, where they are not converted."""
     image = Image.new(mode, (20, 10), 1)
-    assert images.square(image, 8).shape == (3, 8, 8)
+    assert images.resize_crop(image, 8).shape == (3, 8, 8)
 
 
 def ramp():
