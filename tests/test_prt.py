@@ -156,10 +156,24 @@ def test_fit_learns_and_reports():
 
 
 def test_reported_figures_are_those_of_the_loss():
-    network, history = train(lr=0.0, steps=5, log_every=5)  # 80 examples: each twice, weights unmoved
+    network, history = train(lr=0.0, steps=5, log_every=5, accum=4)  # each example twice, unmoved weights
     log_probs = prt.tilt(CACHED, policy()(X))
     assert abs(history[0]["loss"] - F.nll_loss(log_probs, Y).item()) < 1e-5
     assert abs(history[0]["accuracy"] - (log_probs.argmax(-1) == Y).float().mean().item()) < 1e-5
+    last = prt.shuffled(4, 40, 16, 0)  # the KL is that of the log step's whole batch
+    assert abs(history[0]["kl"] - prt.kl(log_probs, CACHED)[last].mean().item()) < 1e-5
+
+
+def test_random_views_differ_between_steps_and_seeds():
+    drawn = []
+
+    def noisy(i, generator):
+        drawn.append(torch.rand(1, generator=generator).item())
+        return fetch(i, generator)
+
+    for seed in (0, 1):
+        train(fetch=noisy, accum=2, seed=seed)
+    assert len(set(drawn)) == len(drawn) == 2 * 12 * 2
 
 
 def test_fine_tuning_is_the_reward_with_the_base_as_reference():
@@ -171,7 +185,7 @@ def test_fine_tuning_is_the_reward_with_the_base_as_reference():
 
 
 def test_frozen_base_equals_its_cached_logits():
-    base = torch.nn.Linear(6, 3).requires_grad_(False)
+    base = torch.nn.Linear(6, 3)
     with torch.no_grad():
         cached = base(X)
     before = copy.deepcopy(base)
