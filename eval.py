@@ -55,7 +55,11 @@ def main():
     for path, model in zip(args.reward, rewards):
         same_classes(path, model.info["classes"], f"--data {name}", data.classes)
     prompts = images.prompts(info["classes"], info["templates"])
-    base = classifier(weights.load(args.base, "clip"), prompts)
+
+    def zero_shot(source):
+        return classifier(weights.load(source, "clip").to(device), prompts).cpu()
+
+    base = zero_shot(args.base)
     tuned = weights.load(args.tuned, "ft") if args.tuned else None
     oracle = weights.load(args.oracle, "ft") if args.oracle else None
     source = args.ref or info["source"]
@@ -65,7 +69,7 @@ def main():
             if model.info["source"] != used:
                 print(f"note: {path} was tuned from {model.info['source']}; the table takes {used} for it")
     try:
-        ref = classifier(weights.load(source, "clip"), prompts)
+        ref = zero_shot(source)
     except OSError as error:
         if args.ref or args.tuned:
             raise
