@@ -85,7 +85,7 @@ def unfinished(path, resume, settings):
 
 
 def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
 
 
 def download(url, path):
@@ -243,17 +243,20 @@ def load(source, role=None):
             (path / "open_clip_pytorch_model.bin").exists() or hub(source, "open_clip_model.safetensors")
         except FileNotFoundError:
             hub(source, "open_clip_pytorch_model.bin")
-    try:
-        if path.is_dir():
+    if path.is_dir():
+        try:
             config = json.loads((path / "open_clip_config.json").read_text())
-            path /= "open_clip_model.safetensors"
-            path = path if path.exists() else path.with_name("open_clip_pytorch_model.bin")
-        found = read(path)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}/open_clip_config.json: {error}") from None
+        path /= "open_clip_model.safetensors"
+        path = path if path.exists() else path.with_name("open_clip_pytorch_model.bin")
+    found = read(path)
+    try:
         model = own(found) if "kind" in found else clip_from(found, config, path)
         found_role = ROLES[model.info.get("method", model.info["kind"])]
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         why = " ".join(str(error).split())[:400]
-        raise ValueError(f"{path}: not a CLIP or a checkpoint of this project: {why}") from None
+        raise ValueError(f"{path}: no CLIP and no checkpoint of this project: {why}") from None
     if role and ROLES[role] != found_role:
         raise ValueError(f"{source} is {found_role}; {ROLES[role]} is needed here")
     return model
