@@ -186,7 +186,7 @@ def reset_peak(device):
 
 
 def peak(device):
-    return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident("VmHWM")
+    return prt.peak_memory(device) if device.type == "cuda" else resident("VmHWM")
 
 
 def resident(key):

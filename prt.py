@@ -298,8 +298,7 @@ def setup(device=None):
 
 
 def run(main):
-    """Calls a script's main(). What a user can mend (bad input, a full disk) ends in one line and exit code
-    2."""
+    """Calls a script's main(). What a user can mend ends in one line and exit code 2, not in a traceback."""
     try:
         main()
     except (ValueError, OSError, ArithmeticError) as error:

@@ -54,7 +54,7 @@ def main():
         run = argparse.Namespace(**vars(args) | recipe | given | own)
         kept = weights.read(run.out) if Path(run.out).exists() else None
         if kept and "optimizer" not in kept:
-            if kept["args"] != settings(run):
+            if kept.get("args") != settings(run):
                 raise ValueError(f"{run.out} was made with other arguments; name another --out")
             print(f"{run.out} is kept")
         else:

@@ -1,5 +1,4 @@
-"""Image data sets as tensors: uint8 images [N, 3, S, S] with labels, class names, prompt templates and
-captions.
+"""Image data sets as tensors: uint8 images [N, 3, S, S], labels, class names, prompt templates, captions.
 
 A reader returns (classes, templates, samples), a sample being (label, name for errors, function -> PIL
 image). `load` turns samples into tensors once and keeps them in a cache file.
@@ -144,8 +143,7 @@ def lines(path):
 
 
 def webdataset(fetch, split):
-    """clip-benchmark's layout: classnames.txt, templates, SPLIT/nshards.txt and SPLIT/i.tar of KEY.cls,
-    KEY.jpg pairs."""
+    """clip-benchmark's layout: class names, templates, SPLIT/nshards.txt, SPLIT/i.tar of KEY.cls, KEY.jpg."""
     classes, templates = lines(fetch("classnames.txt")), lines(fetch("zeroshot_classification_templates.txt"))
     samples = []
     shards = lines(file := fetch(f"{split}/nshards.txt"))
@@ -178,8 +176,7 @@ def webdataset(fetch, split):
 
 
 def folder(root, split):
-    """root/SPLIT/CLASS/*.jpg. Templates: zeroshot_classification_templates.txt in root, or "a photo of a
-    {c}."."""
+    """root/SPLIT/CLASS/*.jpg and, if there, root/zeroshot_classification_templates.txt, one "… {c} …" a line."""
     names = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
     if strange := sorted({p.name for p in (root / split).iterdir() if p.is_dir()} - set(names)):
         raise ValueError(f"{root / split}: {strange[0]!r} is no class of {root / 'train'}")

@@ -1,8 +1,6 @@
-"""Files to models: safetensors, torch.save'd and TorchScript files, OpenCLIP folders, hub ids, the
-project's checkpoints.
+"""Files to models: safetensors, torch.save'd and TorchScript files, OpenCLIP folders, hub ids, checkpoints.
 
-Everything from outside is data: nothing is unpickled beyond tensors and plain values, sizes are checked
-before use.
+Everything from outside is data: only tensors and plain values are unpickled, sizes are checked before use.
 """
 import contextlib
 import fcntl
@@ -62,8 +60,7 @@ def save(path, checkpoint):
 
 
 def unfinished(path, resume, settings):
-    """What a run that writes to `path` starts from: None, or with resume the state that an interrupted one
-    left there.
+    """What a run that writes to `path` starts from: None, or with resume what an interrupted one left there.
 
     Raises, before any work is done, where that would overwrite a file or mix two runs' settings.
     """
@@ -177,8 +174,7 @@ def read(path):
 def architecture(tensors, config):
     """The arch dict of models/clip.py, read off a CLIP state dict's shapes.
 
-    config: open_clip_config.json or {}. It adds what shapes cannot tell: head widths, activation, mean and
-    std.
+    config: open_clip_config.json or {}. It adds what shapes cannot tell: head widths, activation, mean, std.
     """
     model, pre = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
     vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})

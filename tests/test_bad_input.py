@@ -70,6 +70,7 @@ CASES = {
     "resume with another base": (TRAIN + "--resume --out {half} --base {new}", "{half}", "--base"),
     "resume with other steps": (TRAIN + "--resume --out {half} --steps 3", "--resume", "{half}", "--steps"),
     "resume of another program's file": (TRAIN + "--resume --out {foreign}", "--resume", "{foreign}"),
+    "default run over another program's file": ("train --out {demo}", "{demo}/old.pt", "--out"),
     "resume of a damaged file": (TRAIN + "--resume --out {damaged}", "{damaged}"),
     "no such device": (TRAIN + "--device gpu", "--device gpu"),
     "uneven batch": (TRAIN + "--accum 3", "8", "3"),
@@ -112,6 +113,9 @@ def damaged(paths):
     path["image"].write_bytes(b"\x89PNG")
     path["foreign"] = paths["out"] / "foreign.pt"
     torch.save(dict(model={}, optimizer={}, epoch=3), path["foreign"])
+    path["demo"] = paths["out"] / "demo"
+    path["demo"].mkdir()
+    torch.save(dict(model={}), path["demo"] / "old.pt")
     return paths | path
 
 
