@@ -176,7 +176,7 @@ def webdataset(fetch, split):
 
 
 def folder(root, split):
-    """root/SPLIT/CLASS/*.jpg and, if there, root/zeroshot_classification_templates.txt, one "… {c} …" a line."""
+    """root/SPLIT/CLASS/*.jpg, and zeroshot_classification_templates.txt in root where it is there."""
     names = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
     if strange := sorted({p.name for p in (root / split).iterdir() if p.is_dir()} - set(names)):
         raise ValueError(f"{root / split}: {strange[0]!r} is no class of {root / 'train'}")
