@@ -3,6 +3,9 @@
 python eval.py --reward out/shapes-0/reward.pt --base out/shapes-0/new.pt
 python eval.py --reward reward.pt --base laion/CLIP-ViT-B-16-laion2B-s34B-b88K --beta 0.5 1 2
 python eval.py --reward reward.pt --base new.pt --tuned ft.pt --oracle new_ft.pt --picture grid.png
+python eval.py --reward out/gsm8k-prt.pt --base Qwen/Qwen2.5-7B --limit 200
+python eval.py --reward reward.pt --base Qwen/Qwen2.5-7B --prompt "Where does a reward go?"
+python eval.py --reward reward.pt --base Qwen/Qwen2.5-7B --data ifeval.jsonl
 """
 import argparse
 import contextlib
@@ -10,121 +13,205 @@ import ctypes
 import functools
 import json
 import math
+import os
+import re
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 import prt
-from data import images
+from data import images, text
 from models import weights
 from models.clip import classifier
 
 PROC = Path("/proc/self")
-COLUMNS = dict(top1="{:.2%}", nll="{:.3f}", kl="{:.3f}", ms="{:.3f}", mib="{:.1f}")
-HEADINGS = dict(top1="top-1", nll="NLL", kl="KL", ms="ms/image", mib="MiB")
+NUMBER = re.compile(r"#### *(-?[\d,]*\.?\d+)")  # GSM8K's form of an answer
+SHADES = ((4, 203), (2, 209), (1, 216), (0.5, 223), (0.1, 230), (0, None))  # KL in nats -> terminal colour
+COLUMNS = dict(top1=("top-1", "{:.2%}"), form=("in form", "{:.1%}"), exact=("exact", "{:.1%}"),
+               error=("s.e.", "{:.1%}"), nll=("NLL", "{:.3f}"), accuracy=("tokens", "{:.1%}"),
+               kl=("KL", "{:.3f}"), ms=("ms/image", "{:.3f}"), speed=("tokens/s", "{:.0f}"),
+               mib=("MiB", "{:.1f}"))
 
 
 def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--reward", nargs="+", required=True, help="reward checkpoints; several are added up")
     p.add_argument("--base", required=True, help="the base to put it on: checkpoint, folder or hub id")
-    p.add_argument("--data", help="the test data, where it is not the reward's own")
+    p.add_argument("--data", help="the test data, where it is not the reward's own; text: also IFEval's file")
     p.add_argument("--beta", nargs="+", type=prt.positive(float), help="default: the one it was trained with")
-    p.add_argument("--tuned", help="the source fine-tuned (train_vision.py --method ft): adds EFT")
+    p.add_argument("--tuned", help="the source fine-tuned (--method ft): adds EFT")
     p.add_argument("--ref", help="the source base (default: the one that the checkpoint names)")
     p.add_argument("--oracle", help="the new base itself fine-tuned: the upper line")
-    p.add_argument("--picture", help="draw a grid of test images with both answers to this .png")
     p.add_argument("--json", help="write the table to this file")
     p.add_argument("--batch", type=prt.positive(int), default=128)
     p.add_argument("--device")
+    p.add_argument("--picture", help="images: draw a grid of test images with both answers to this .png")
+    p.add_argument("--prompt", help="text: answer this, once alone and once with the reward, and stop")
+    p.add_argument("--limit", type=prt.positive(int), help="text: the first N examples alone")
+    p.add_argument("--new-tokens", type=prt.positive(int), default=256, help="text: the longest answer")
+    p.add_argument("--temperature", type=float, default=0.0, help="text: sample (0: the likeliest token)")
+    p.add_argument("--top-p", type=prt.positive(float), default=1.0, help="text: sample from this share")
+    p.add_argument("--seed", type=int, default=0, help="text: of the samples")
+    p.add_argument("--responses", default="responses", help="IFEval: folder for the responses")
     return p.parse_args()
 
 
 def main():
     args = parse()
     device = prt.setup(args.device)
-    rewards = [weights.load(path, "prt") for path in args.reward]
-    info = rewards[0].info
-    name = args.data or info["data"]
-    view = functools.cache(lambda size: images.load(name, "test", size))  # each model at its own resolution
-    data = view(rewards[0].arch["image_size"])
-    for path, model in zip(args.reward, rewards):
-        same_classes(path, model.info["classes"], f"--data {name}", data.classes)
-    prompts = images.prompts(info["classes"], info["templates"])
+    dtype = prt.frozen_dtype(device)
+    rewards = [weights.load(path, "prt", dtype=dtype) for path in args.reward]
+    info, is_text = rewards[0].info, rewards[0].info["kind"] == "gpt"
+    if not is_text:
+        prompts = images.prompts(info["classes"], info["templates"])
 
-    def zero_shot(source):
-        return classifier(weights.load(source, "clip").to(device), prompts).cpu()
+    def load(source, role):
+        model = weights.load(source, role, is_text, dtype)
+        return model if is_text or role != "base" else classifier(model.to(device), prompts)
 
-    base = zero_shot(args.base)
-    tuned = weights.load(args.tuned, "ft") if args.tuned else None
-    oracle = weights.load(args.oracle, "ft") if args.oracle else None
     source = args.ref or info["source"]
-    for path, model, used in ((args.tuned, tuned, source), (args.oracle, oracle, args.base)):
-        if model:
-            same_classes(path, model.info["classes"], args.reward[0], info["classes"])
-            if model.info["source"] != used:
-                print(f"note: {path} was tuned from {model.info['source']}; the table takes {used} for it")
+    models = {path: model for path, model in zip(args.reward, rewards)}
+    base = models[args.base] = load(args.base, "base")
+    tuned, oracle = (path and models.setdefault(path, load(path, "ft")) for path in (args.tuned, args.oracle))
+    for path, used in ((args.tuned, source), (args.oracle, args.base)):
+        if path and models[path].info["source"] != used:
+            print(f"note: {path} was tuned from {models[path].info['source']}; the table takes {used} for it")
     try:
-        ref = zero_shot(source)
+        ref = models[source] = models.get(source) or load(source, "base")
     except OSError as error:
         if args.ref or args.tuned:
             raise
         ref = print(f"the rows of the source base are left out: {error}")
+    for model in models.values():
+        model.to(device)
+    world = language if is_text else vision
+    world(args, device, models, list(plan(args, base, rewards, ref, tuned, oracle)))
+
+
+def plan(args, base, rewards, ref, tuned, oracle):
+    """The table's rows: (label, beta, base that the KL is from, base, rewards as prt.generate takes them)."""
+    yield "base alone", None, base, base, []
+    for title, group in added(args.reward, rewards):
+        for beta in args.beta or [group[0].info["beta"]]:
+            own = [(m.info["beta"] / (beta if args.beta else m.info["beta"]), m) for m in group]
+            yield f"base + {title}", beta, base, base, own
+    if ref:
+        yield "source alone", None, ref, ref, []
+        yield "source + reward", rewards[0].info["beta"], ref, ref, [(1.0, rewards[0])]
+    if tuned:
+        yield "source fine-tuned", None, ref, tuned, []
+        yield "base + EFT", None, base, base, [(1.0, tuned), (-1.0, ref)]
+    if oracle:
+        yield "base fine-tuned", None, base, oracle, []
+
+
+def vision(args, device, models, rows):
+    """The table, and the picture, of images."""
+    info = models[args.reward[0]].info
+    name = args.data or info["data"]
+    view = functools.cache(lambda size: images.load(name, "test", size))  # each model at its own resolution
+    data = view(models[args.reward[0]].arch["image_size"])
+    for path in args.reward:
+        same_classes(path, models[path].info["classes"], f"--data {name}", data.classes)
+    for path in filter(None, (args.tuned, args.oracle)):
+        same_classes(path, models[path].info["classes"], args.reward[0], info["classes"])
 
     # One pass of each model; every row of the table is arithmetic on these logits.
     @functools.cache
     def logits(model):
-        out = prt.predict(model.to(device), view(model.arch["image_size"]).images, args.batch).cpu()
-        model.cpu()
-        return out
+        return prt.predict(model, view(model.arch["image_size"]).images, args.batch).cpu()
 
     @functools.cache
-    def cost(*models):
-        return measure(models, [view(m.arch["image_size"]).images[: args.batch] for m in models], device)
+    def cost(*used):
+        inputs = [view(m.arch["image_size"]).images[: args.batch].to(device) for m in used]
+        return measure(used, lambda: [prt.predict(m, x, len(x)) for m, x in zip(used, inputs)], device)
 
-    rows = []
-
-    def row(label, log_probs, own_base, *models, beta=None):
-        ms, mib = cost(*models)
-        rows.append(dict(method=label, beta=beta, top1=prt.accuracy(log_probs, data.labels),
-                         nll=F.nll_loss(log_probs, data.labels).item(), ms=ms, mib=mib,
-                         kl=prt.kl(log_probs, own_base).mean().item()))
-        return log_probs
-
-    answers = [row("base alone", F.log_softmax(logits(base), -1), logits(base), base)]
-    for title, group in added(args.reward, rewards):
-        for beta in args.beta or [group[0].info["beta"]]:
-            log_probs = tilted(logits(base), group, logits, args.beta and beta)
-            answers.append(row(f"base + {title}", log_probs, logits(base), base, *group, beta=beta))
-    if ref:
-        row("source alone", F.log_softmax(logits(ref), -1), logits(ref), ref)
-        row("source + reward", tilted(logits(ref), rewards[:1], logits), logits(ref), ref, rewards[0],
-            beta=info["beta"])
-    if tuned:
-        row("source fine-tuned", F.log_softmax(logits(tuned), -1), logits(ref), tuned)
-        eft = prt.tilt(logits(base), prt.reward(logits(tuned), logits(ref)))
-        row("base + EFT", eft, logits(base), base, tuned, ref)
-    if oracle:
-        row("base fine-tuned", F.log_softmax(logits(oracle), -1), logits(base), oracle)
-
-    cuda = device.type == "cuda"
-    about = dict(data=name, images=len(data.labels), base=args.base, rewards=args.reward, batch=args.batch,
-                 device=torch.cuda.get_device_name() if cuda else f"CPU ({torch.get_num_threads()} threads)",
-                 dtype="bfloat16 autocast" if cuda else "float32", torch=torch.__version__)
-    table(rows, about)
-    if args.json:
-        for r in rows:
-            r["mib"] = None if math.isnan(r["mib"]) else r["mib"]
-        with weights.atomic(args.json) as f:
-            f.write(json.dumps(about | dict(rows=rows), indent=1).encode())
+    answers = []
+    for i, (label, beta, own_base, base, rewards) in enumerate(rows):
+        r = sum(weight * logits(m) for weight, m in rewards)
+        log_probs = prt.tilt(logits(base), r if rewards else torch.zeros(1).expand_as(logits(base)))
+        seconds, mib = cost(base, *(m for _, m in rewards))
+        rows[i] = dict(method=label, beta=beta, top1=prt.accuracy(log_probs, data.labels),
+                       nll=F.nll_loss(log_probs, data.labels).item(), mib=mib,
+                       kl=prt.kl(log_probs, logits(own_base)).mean().item(),
+                       ms=1000 * seconds / min(args.batch, len(data.labels)))
+        answers.append(log_probs.argmax(-1))
+    table(args, device, rows, dict(data=name, images=len(data.labels), batch=args.batch))
     if args.picture:
         with weights.atomic(args.picture) as f:
-            picture(data, *(a.argmax(-1) for a in answers[:2])).save(f, "PNG")
+            picture(data, *answers[:2]).save(f, "PNG")
         print(f"{args.picture}: upper answer base alone, lower answer {rows[1]['method']}")
+
+
+def language(args, device, models, rows):
+    """The table of text, or what one prompt is answered, or the responses to IFEval's prompts."""
+    reward = models[args.reward[0]]
+    tokenizer, end = weights.same_vocabulary(models), reward.arch["end"]
+    room = min(m.arch["positions"] for m in models.values())
+
+    def respond(base, rewards, prompts):
+        """Greedy or sampled answers (ids) to prompts (ids), in batches of similar lengths."""
+        longest = max(map(len, prompts))
+        if longest + args.new_tokens > room:
+            raise ValueError(f"a prompt of {longest} tokens and --new-tokens {args.new_tokens} are more than "
+                             f"the {room} positions of these models: lower --new-tokens, shorten the prompt")
+        generator = torch.Generator(device).manual_seed(args.seed)
+        out = [None] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in tqdm(range(0, len(order), args.batch), desc="generate", disable=None, leave=False):
+            some = order[start:start + args.batch]
+            T = len(prompts[some[-1]])
+            pad = [T - len(prompts[i]) for i in some]
+            ids = torch.tensor([[end] * n + prompts[i] for n, i in zip(pad, some)], device=device)
+            pad = torch.tensor(pad, device=device) if any(pad) else None
+            new = prt.generate(base, rewards, ids, length=args.new_tokens, end=end, pad=pad,
+                               temperature=args.temperature, top_p=args.top_p, generator=generator)
+            for i, row in zip(some, new[:, T:].tolist()):
+                out[i] = row[:row.index(end)] if end in row else row
+        return out
+
+    def asked(prompt):
+        return tokenizer.begin + tokenizer.encode(reward.info["template"].replace("{}", prompt))
+
+    if args.prompt:
+        prompt = asked(args.prompt)
+        for label, _, _, base, rewards in rows[:2]:
+            answer, = respond(base, rewards, [prompt])
+            print(f"{label}:{coloured(rows[1][3:], prompt, answer, tokenizer, device)}\n")
+        return
+    name = args.data or reward.info["data"]
+    path = Path(name)
+    docs = [row for _, row in text.rows(path)] if path.is_file() and path.suffix == ".jsonl" else []
+    if docs and "instruction_id_list" in docs[0]:
+        prompts = [asked(doc["prompt"]) for doc in docs[: args.limit]]
+        return ifeval(args, docs, rows, lambda base, rewards: [
+            tokenizer.decode(answer) for answer in respond(base, rewards, prompts)])
+    _, examples = text.load(name, "train" if path.is_file() else "test")
+    examples = examples[: args.limit]
+    prompts = [text.token_ids(parts[:-1], tokenizer, end)[0] for _, parts in examples]
+    truth = [NUMBER.search(parts[-1][0]) for _, parts in examples]
+    data = text.encode(examples, tokenizer, end, room)
+    order = torch.tensor([len(ids) for ids in data.ids]).argsort()
+    batches = [[x.to(device) for x in (*inputs, targets)]
+               for inputs, targets in (text.collate(data, i) for i in order.split(args.batch))]
+    for i, (label, beta, _, base, rewards) in enumerate(rows):
+        answers = []
+        seconds, mib = measure([base, *(m for _, m in rewards)],
+                               lambda: answers.append(respond(base, rewards, prompts)), device, repeats=0)
+        found = [NUMBER.search(tokenizer.decode(answer)) for answer in answers[0]]
+        right = [bool(a and b and same_number(a[1], b[1])) for a, b in zip(found, truth)]
+        scores = prt.score(base, rewards, [(inputs, targets) for *inputs, targets in batches])
+        exact = sum(right) / len(right)
+        rows[i] = scores | dict(method=label, beta=beta, form=sum(map(bool, found)) / len(found), exact=exact,
+                                error=math.sqrt(exact * (1 - exact) / len(right)), mib=mib,
+                                speed=sum(len(answer) + 1 for answer in answers[0]) / seconds)
+    table(args, device, rows, dict(data=name, examples=len(examples), batch=args.batch))
 
 
 def same_classes(name, classes, other, other_classes):
@@ -141,34 +228,67 @@ def added(paths, rewards):
     return [(f"{path} (PRT)", [r]) for path, r in zip(paths, rewards)] + [("sum of rewards", rewards)]
 
 
-def tilted(base_logits, rewards, logits, beta=None):
-    """Log-probabilities of the base tilted by the sum of r / beta; beta: by default that of each training."""
-    r = sum(prt.reward(logits(m), beta=m.info["beta"]) / (beta or m.info["beta"]) for m in rewards)
-    return prt.tilt(base_logits, r)
+def same_number(a, b):
+    return float(a.replace(",", "")) == float(b.replace(",", ""))
 
 
-def measure(models, inputs, device, repeats=5):
-    """(ms per image, peak MiB) of one batch through all the models, one after the other.
+def coloured(mixture, prompt, answer, tokenizer, device):
+    """The answer's text, a token the redder, the farther the reward moves it (KL of tilted from base)."""
+    base, rewards = mixture
+    ids = torch.tensor([prompt + answer], device=device)
+    where = torch.arange(len(prompt) - 1, ids.shape[1] - 1, device=device)
+    kls = [prt.score(base, rewards, [((ids, i), ids[0, i + 1])])["kl"] for i in where.split(1)]
+    plain = "NO_COLOR" in os.environ or not sys.stdout.isatty()
+    out, held, moved = "", b"", 0.0
+    for token, kl in zip(answer, kls):
+        held, moved = held + tokenizer.encoding.decode_single_token_bytes(token), max(moved, kl)
+        with contextlib.suppress(UnicodeDecodeError):  # a character may need several tokens
+            piece = held.decode()
+            colour = next(c for limit, c in SHADES if moved >= limit)
+            out += piece if plain or colour is None else f"\033[48;5;{colour}m\033[30m{piece}\033[0m"
+            held, moved = b"", 0.0
+    return out
 
-    The device is synchronised. The first batch does not count, the median of the others does. The memory is
-    that of these models' weights plus what the batch adds at its peak.
+
+def ifeval(args, docs, rows, respond):
+    """Responses to IFEval's prompts as its scorer reads them, and their scores where lm_eval is installed."""
+    try:
+        from lm_eval.tasks.ifeval.utils import process_results
+    except ImportError:
+        process_results = print("no scores without lm_eval: pip install lm_eval[ifeval]")
+    for label, beta, _, base, rewards in rows:
+        responses = respond(base, rewards)
+        name = re.sub("[^a-z]+", "-", label.lower()).strip("-") + (f"-{beta:g}" if beta else "")
+        path = Path(args.responses) / f"{name}.jsonl"
+        with weights.atomic(path) as f:
+            f.writelines(json.dumps(dict(prompt=doc["prompt"], response=response)).encode() + b"\n"
+                         for doc, response in zip(docs, responses))
+        scores = ""
+        if process_results:
+            found = [process_results(doc, [response]) for doc, response in zip(docs, responses)]
+            for key in found[0]:
+                values = [v for d in found for v in (d[key] if isinstance(d[key], list) else [d[key]])]
+                scores += f", {key} {sum(values) / len(values):.2%}"
+        print(f"{label}: {path}{scores}")
+
+
+def measure(models, work, device, repeats=5):
+    """(seconds, peak MiB) of work() with these models, the device synchronised.
+
+    With repeats the first call does not count, and the median of the others does. The memory is that of the
+    models' weights plus what the work adds at its peak.
     """
-    inputs = [x.to(device) for x in inputs]
-    models = [m.to(device) for m in models]
-    size = sum(t.nbytes for m in models for t in (*m.parameters(), *m.buffers()))
+    size = sum(t.nbytes for m in set(models) for t in (*m.parameters(), *m.buffers()))
     clock, extra = [], 0.0
     for _ in range(repeats + 1):
         before = reset_peak(device)
         start = time.perf_counter()
-        for model, x in zip(models, inputs):
-            prt.predict(model, x, len(x))
+        work()
         if device.type == "cuda":
             torch.cuda.synchronize()
         clock.append(time.perf_counter() - start)
         extra = max(extra, peak(device) - before)
-    for model in models:
-        model.cpu()
-    return 1000 * statistics.median(clock[1:]) / len(inputs[0]), size / 2**20 + extra
+    return statistics.median(clock[1:] or clock), size / 2**20 + extra
 
 
 def reset_peak(device):
@@ -196,13 +316,23 @@ def resident(key):
         return math.nan
 
 
-def table(rows, about):
-    print("\n" + ", ".join(f"{k} {v}" for k, v in about.items() if k != "rewards"))
-    wide = max(len(r["method"]) for r in rows)
-    print(f"{'':{wide}}  {'beta':>5}" + "".join(f"{h:>10}" for h in HEADINGS.values()))
+def table(args, device, rows, about):
+    """Prints the rows, and writes them to --json."""
+    cuda = device.type == "cuda"
+    about |= dict(base=args.base, device=torch.cuda.get_device_name() if cuda else
+                  f"CPU ({torch.get_num_threads()} threads)", dtype="bfloat16" if cuda else "float32",
+                  torch=torch.__version__)
+    print("\n" + ", ".join(f"{k} {v}" for k, v in about.items()))
+    wide, columns = max(len(r["method"]) for r in rows), [k for k in COLUMNS if k in rows[0]]
+    print(f"{'':{wide}}  {'beta':>5}" + "".join(f"{COLUMNS[k][0]:>10}" for k in columns))
     for r in rows:
         beta = "" if r["beta"] is None else f"{r['beta']:g}"
-        print(f"{r['method']:{wide}}  {beta:>5}" + "".join(f"{COLUMNS[k].format(r[k]):>10}" for k in COLUMNS))
+        cells = "".join(f"{COLUMNS[k][1].format(r[k]):>10}" for k in columns)
+        print(f"{r['method']:{wide}}  {beta:>5}{cells}")
+    if args.json:
+        rows = [{k: None if v is math.nan else v for k, v in r.items()} for r in rows]
+        with weights.atomic(args.json) as f:
+            f.write(json.dumps(about | dict(rewards=args.reward, rows=rows), indent=1).encode())
 
 
 def picture(data, *answers, columns=8, rows=4, cell=120):

@@ -17,11 +17,17 @@ import math
 import os
 import sys
 import time
+from itertools import repeat
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # saved as one process would save it
 
 
 def reward(logits, ref_logits=None, beta=1.0):
@@ -97,8 +103,8 @@ def schedule(step, steps, warmup, decay):
 
 
 def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alpha=0.0, lr=1e-5, warmup=0,
-        decay="cosine", weight_decay=0.0, clip=1.0, accum=1, seed=0, compile=False, log_every=50,
-        save=None, save_every=None, state=None, name="fit"):
+        decay="cosine", weight_decay=0.0, clip=1.0, accum=1, seed=0, head=None, chunk=512, compile=False,
+        log_every=50, save=None, save_every=None, state=None, name="fit"):
     """Algorithm 1: trains `policy` in place so that the base, tilted by its reward, predicts the targets.
 
     policy: module, policy(*inputs) -> logits [..., L], whose parameters with requires_grad move. Its mode is
@@ -112,6 +118,9 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
         which Algorithm 1 is plain cross-entropy training from scratch.
     method: "prt" (uniform reference), or "ft" (reference = base, so that the tilt gives pi_theta back: plain
         fine-tuning).
+    head: where given, policy and base return features [N, D] for targets [N], and head(policy, features)
+        are logits [N, L]. They are made for `chunk` targets at a time, and again in the backward pass, so
+        that the whole [N, L] is never in memory.
     accum: micro-batches a step and process. The loss is the mean over the targets of all of them together, on
         all of torchrun's processes together.
     save: called with {"model", "step", "optimizer"} every save_every steps (default: a quarter of them), and
@@ -130,13 +139,30 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True)
     start = 0
     if state is not None:
-        policy.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        set_state_dict(policy, optimizer, options=WHOLE, model_state_dict=state["model"],
+                       optim_state_dict=state["optimizer"])
         start = state["step"]
-    ddp = torch.nn.parallel.DistributedDataParallel(policy, broadcast_buffers=False) if world > 1 else None
-    net = ddp or policy  # what runs; what is saved and scored is `policy`
+    sharded = isinstance(policy, FSDPModule)
+    ddp = None
+    if world > 1 and not sharded:
+        ddp = torch.nn.parallel.DistributedDataParallel(policy, broadcast_buffers=False)
+    net, base_net = ddp or policy, base  # what runs, while `policy` is saved and scored
     if compile:
-        net, base = torch.compile(net), base and torch.compile(base)
+        net, base_net = torch.compile(net), base and torch.compile(base)
+
+    def part(features, base_features, targets, logging):
+        """The loss, summed over some targets; with it, without gradient, [loss, correct, KL], summed."""
+        logits = head(policy, features) if head else features
+        base_logits = torch.zeros_like(logits)
+        if base_features is not None:
+            base_logits = head(base, base_features) if head else base_features
+        r = reward(logits, base_logits if method == "ft" else None, beta)
+        loss = prt_loss(base_logits, r, targets, beta, alpha) * (targets >= 0).sum()
+        with torch.no_grad():
+            correct = ((base_logits + r / beta).argmax(-1) == targets).sum()
+            moved = kl(tilt(base_logits, r, beta), base_logits) * (targets >= 0) if logging else loss * 0
+        return loss, torch.stack([loss.detach(), correct, moved.sum()])
+
     save_every = save_every or max(1, steps // 4)
     history, generator = [], torch.Generator()
     totals = torch.zeros(4, device=device, dtype=torch.float64)  # loss, correct, targets, gradient norm
@@ -155,26 +181,30 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
         if world > 1:
             dist.all_reduce(count)
         moved = torch.zeros((), device=device)
-        for i, (inputs, targets, base_logits) in enumerate(micro):
+        for i, (inputs, targets, base_features) in enumerate(micro):
             if ddp:
                 ddp.require_backward_grad_sync = i + 1 == len(micro)
+            if sharded:
+                policy.set_requires_gradient_sync(i + 1 == len(micro))
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                logits = net(*inputs)
+                features = net(*inputs)
                 # In fine-tuning the base cancels out of the loss: it is asked for the logged KL alone.
-                if base_logits is None and base is not None and (method == "prt" or alpha or logging):
+                if base_features is None and base is not None and (method == "prt" or alpha or logging):
                     with torch.no_grad():
-                        base_logits = base(*inputs)
-            base_logits = torch.zeros_like(logits) if base_logits is None else base_logits
-            r = reward(logits, base_logits if method == "ft" else None, beta)
-            n = (targets >= 0).sum()
-            loss = prt_loss(base_logits, r, targets, beta, alpha) * n
-            (loss * (world / count.clamp(min=1))).backward()  # DistributedDataParallel averages the gradients
-            with torch.no_grad():
-                correct = ((base_logits + r / beta).argmax(-1) == targets).sum()
-                totals[:3] += torch.stack([loss, correct, n])
-                if logging:
-                    moved += (kl(tilt(base_logits, r, beta), base_logits) * (targets >= 0)).sum()
-        totals[3] += torch.nn.utils.clip_grad_norm_(params, clip)
+                        base_features = base_net(*inputs)
+                size = chunk if head else len(targets)
+                bases = repeat(None) if base_features is None else base_features.split(size)
+                loss = 0.0
+                for some in zip(features.split(size), bases, targets.split(size)):
+                    loss_part, sums = (checkpoint(part, *some, logging, use_reentrant=False)
+                                       if size < len(targets) else part(*some, logging))
+                    loss = loss + loss_part
+                    totals[:2] += sums[:2]
+                    moved += sums[2]
+            totals[2] += (targets >= 0).sum()
+            (loss * (world / count.clamp(min=1))).backward()  # the gradients of the processes are averaged
+        norm = torch.nn.utils.clip_grad_norm_(params, clip)
+        totals[3] += norm.full_tensor() if sharded else norm
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
@@ -195,9 +225,11 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
                                 kl=moved.item() / max(count.item(), 1), per_second=len(batch) / seconds,
                                 peak_mib=peak_memory(device)))
             report(bar, name, history[-1], steps, seconds)
-        if rank == 0 and saving:
-            done = dict(model=policy.state_dict(), step=step + 1)
-            save(done if end else done | dict(optimizer=optimizer.state_dict()))
+        if saving:
+            model_state, optimizer_state = get_state_dict(policy, optimizer, options=WHOLE)
+            done = dict(model=model_state, step=step + 1)
+            if rank == 0:
+                save(done if end else done | dict(optimizer=optimizer_state))
         totals.zero_()
         last, clock = step + 1, time.perf_counter()
     bar.close()
@@ -222,6 +254,99 @@ def report(bar, name, row, steps, seconds):
 
 
 @torch.no_grad()
+def generate(base, rewards, ids, *, length, end=None, pad=None, temperature=0.0, top_p=1.0, generator=None):
+    """Algorithm 2, token by token: continues ids [B, T] by at most `length` tokens, [B, T + new].
+
+    rewards: what is added to the base's log-probabilities, as (weight, policy) pairs: [] is the base alone,
+        [(beta_train / beta, reward)] PRT, [(1, tuned), (-1, old)] EFT.
+    end: the id that ends a row and fills it from there on. pad [B]: how many places at the left are padding.
+    temperature: 0 takes the most likely token, else samples (generator) from the smallest set of tokens that
+        has at least top_p of the probability.
+
+    A policy has a KV `cache`, `features` and `head`, as models/gpt.py.
+    """
+    mixture = [(1.0, base), *rewards]
+    caches = [policy.cache(len(ids), ids.shape[1] + length, pad) for _, policy in mixture]
+    done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
+    out, new = [ids], ids
+    for step in range(length):
+        scores = sum(weight * policy.head(policy.features(new, cache)[:, -1]).float()  # [B, L]
+                     for (weight, policy), cache in zip(mixture, caches))
+        new = choose(scores, temperature, top_p, generator)
+        if end is not None:
+            new = torch.where(done, end, new)
+            done |= new == end
+        out.append(new)
+        if step % 8 == 7 and done.all():  # waits for the device, so not in every step
+            break
+    return torch.cat(out, 1)
+
+
+def choose(scores, temperature, top_p, generator=None):
+    """One token [B, 1] of log-probabilities [B, L], up to a constant: the likeliest, or a sample."""
+    if not temperature:
+        return scores.argmax(-1, keepdim=True)
+    p, order = (scores / temperature).softmax(-1).sort(-1, descending=True)
+    p = p * (p.cumsum(-1) - p < top_p)  # those before it have less than top_p
+    return order.gather(-1, torch.multinomial(p, 1, generator=generator))
+
+
+@torch.no_grad()
+def score(base, rewards, batches, chunk=512):
+    """What the base, with rewards as in `generate`, makes of known texts: means over all targets as a dict:
+
+    nll and kl (from the base alone) in nats, accuracy of the likeliest token.
+    batches: list of (inputs, targets [N]) as `fit` takes them with `head`.
+    """
+    totals = []
+    for inputs, targets in tqdm(batches, desc="score", disable=None, leave=False):
+        with torch.autocast("cuda", torch.bfloat16, enabled=targets.is_cuda):
+            features = [policy(*inputs).split(chunk) for policy in (base, *(policy for _, policy in rewards))]
+            for y, x, *others in zip(targets.split(chunk), *features):
+                base_logits = base.head(x).float()
+                r = sum(weight * policy.head(z).float() for (weight, policy), z in zip(rewards, others))
+                log_probs = F.log_softmax(base_logits + r, -1)
+                right = log_probs.argmax(-1) == y
+                totals.append(torch.stack([F.nll_loss(log_probs, y, reduction="sum"), right.sum(),
+                                           kl(log_probs, base_logits).sum()]))
+    n = sum(len(targets) for _, targets in batches)
+    return dict(zip(("nll", "accuracy", "kl"), (torch.stack(totals).double().sum(0) / n).tolist()))
+
+
+class RewardProcessor:
+    """A reward inside another library's decoding: a callable (input_ids [B, T], scores [B, L]) -> scores.
+
+    It is a logits processor as transformers' generate takes them, logits_processor=[RewardProcessor(reward)]:
+    log-probabilities of the tilted distribution come out. beta: that of test time divided by that of
+    training. The reward keeps its own KV cache and looks for the longest prefix that it has seen, so changed
+    prefixes, reordered beams and new batches cost time but are right. pad: the id that pads the left of
+    prompts of different lengths. size: the tokenizer's, where output matrices differ by padded rows.
+    """
+
+    def __init__(self, reward_model, beta=1.0, pad=None, size=None):
+        self.model, self.beta, self.pad, self.size = reward_model, beta, pad, size
+        self.seen, self.cache = None, None
+
+    @torch.no_grad()
+    def __call__(self, input_ids, scores):
+        ids, old = input_ids, self.seen
+        T = ids.shape[1]
+        pad = (ids != self.pad).long().argmax(-1) if self.pad is not None else None
+        same = 0
+        if old is not None and len(old) == len(ids) and (pad is None or torch.equal(pad, self.cache.pad)):
+            n = min(T - 1, old.shape[1])  # the last token is always asked
+            same = int((ids[:, :n] == old[:, :n]).all(0).long().cumprod(0).sum())
+        if not same or T > self.cache.length:
+            self.cache, same = self.model.cache(len(ids), 2 * T + 64, pad), 0
+        self.cache.at = same
+        logits = self.model.head(self.model.features(ids[:, same:], self.cache)[:, -1])
+        self.seen = ids.clone()
+        out = torch.full_like(scores, -math.inf, dtype=torch.float32)
+        out[:, :self.size] = tilt(scores[:, :self.size], logits[:, :self.size], self.beta)
+        return out
+
+
+@torch.no_grad()
 def predict(policy, inputs, batch=256):
     """A frozen policy's logits, float32 [N, L] on its device, for inputs [N, ...]; bf16 autocast on CUDA."""
     device = next(policy.parameters()).device
@@ -241,6 +366,11 @@ def place(tensor, device):
     return tensor.to(device) if fits else tensor
 
 
+def frozen_dtype(device):
+    """The dtype of weights that do not move: bf16 on CUDA; float32 on a CPU, where bf16 is seldom faster."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def peak_memory(device):
     """Peak memory in MiB: what CUDA allocated, or else the resident set of this process."""
     if device.type == "cuda":
@@ -258,15 +388,22 @@ def arguments(doc):
     p.add_argument("--steps", type=positive(int))
     p.add_argument("--batch", type=positive(int), help="examples a step, on all processes together")
     p.add_argument("--lr", type=positive(float), help="peak learning rate")
-    p.add_argument("--warmup", type=int, help="steps of linear warm-up (default: a quarter of the steps)")
+    p.add_argument("--warmup", type=int, help="steps of linear warm-up (default: 25%% of them, of text 3%%)")
+    p.add_argument("--weight-decay", type=float, help="AdamW's; 0 is the paper's Adam")
     p.add_argument("--beta", type=positive(float), default=1.0, help="unit of the reward (paper: lambda)")
     p.add_argument("--alpha", type=float, default=0.0, help="weight of the reward's entropy (eq. 12)")
-    p.add_argument("--accum", type=positive(int), default=1, help="micro-batches a step and process")
+    p.add_argument("--accum", type=positive(int), help="micro-batches a step and process")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
     p.add_argument("--compile", action="store_true", help="torch.compile the trained network")
     p.add_argument("--resume", action="store_true", help="go on with an unfinished --out")
     return p
+
+
+def options(args):
+    """What `fit` takes from those flags as it stands."""
+    names = "method", "lr", "weight_decay", "beta", "alpha", "accum", "seed", "compile"
+    return {name: getattr(args, name) for name in names}
 
 
 def positive(kind):

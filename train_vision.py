@@ -18,8 +18,8 @@ from models import weights
 from models.clip import CLIP, classifier
 
 LAION400M = "timm/vit_base_patch16_clip_224.laion400m_e32"
-PAPER = dict(method="prt", base=LAION400M, steps=2000, batch=128, lr=1e-5)
-SCRATCH = dict(method="pretrain", size="small", steps=1200, batch=128, lr=5e-4)
+PAPER = dict(method="prt", base=LAION400M, steps=2000, batch=128, lr=1e-5, weight_decay=0.0, accum=1)
+SCRATCH = dict(method="pretrain", size="small", steps=1200, batch=128, lr=5e-4, weight_decay=0.0, accum=1)
 TUNE = dict(PAPER, steps=300, lr=3e-4)  # small networks move faster
 # The run without arguments: five checkpoints, each a single run of this script.
 DEMO = dict(old=dict(SCRATCH, size="tiny", steps=600, lr=1e-3), new=SCRATCH, reward=dict(TUNE, base="old"),
@@ -46,27 +46,10 @@ def main():
         recipe = SCRATCH if args.method == "pretrain" else PAPER
         out = f"out/{Path(args.data).name}-{args.method or 'prt'}.pt"
         return train(argparse.Namespace(**vars(args) | recipe | dict(out=out) | given), device)
-    folder = Path(args.out or f"out/shapes-{args.seed}")
-    paths = {name: f"{folder / name}.pt" for name in DEMO}
-    for name, recipe in DEMO.items():
-        recipe = recipe | dict(base=paths.get(recipe.get("base")))
-        own = dict(out=paths[name], size=recipe.get("size"))
-        run = argparse.Namespace(**vars(args) | recipe | given | own)
-        kept = weights.read(run.out) if Path(run.out).exists() else None
-        if kept and "optimizer" not in kept:
-            if kept.get("args") != settings(run):
-                raise ValueError(f"{run.out} was made with other arguments; name another --out")
-            print(f"{run.out} is kept")
-        else:
-            run.resume = kept is not None
-            train(run, device)
+    folder = args.out or f"out/shapes-{args.seed}"
+    paths = weights.stages(DEMO, args, folder, lambda run: train(run, device))
     print("\npython eval.py --reward {reward} --base {new} --tuned {tuned} --ref {old} --oracle {oracle} "
           "--picture {folder}/picture.png".format(folder=folder, **paths))
-
-
-def settings(args):
-    """The arguments that a run's result depends on."""
-    return {k: v for k, v in vars(args).items() if k not in ("resume", "device", "compile", "out")}
 
 
 def take(tensor, i, device):
@@ -76,12 +59,12 @@ def take(tensor, i, device):
 
 def train(args, device):
     """One run: data, base, reward, fit, score."""
-    state = weights.unfinished(args.out, args.resume, settings(args))
+    state = weights.unfinished(args)
     torch.manual_seed(args.seed)
     pretraining = args.method == "pretrain"
     split = "captioned" if pretraining and args.data == "shapes" else "train"
     with weights.alone():
-        clip = CLIP(SIZES[args.size]) if pretraining else weights.load(args.base, "clip")
+        clip = CLIP(SIZES[args.size]) if pretraining else weights.load(args.base, "base", text=False)
         data, test = (images.load(args.data, name, clip.arch["image_size"]) for name in (split, "test"))
     if state and state["classes"] != data.classes:
         raise ValueError(f"--resume: {args.out} was begun with other classes than --data {args.data} has")
@@ -89,7 +72,7 @@ def train(args, device):
     pixels, labels = prt.place(data.images, device), data.labels.to(device)
     prompts = images.prompts(data.classes, data.templates)
     header = dict(arch=clip.arch, classes=data.classes, templates=data.templates, data=args.data,
-                  args=settings(args))
+                  args=weights.settings(args))
 
     def view(i, generator):
         x = take(pixels, i, device)
@@ -119,9 +102,8 @@ def train(args, device):
 
     warmup = args.steps // 4 if args.warmup is None else args.warmup
     prt.fit(policy, lambda step: prt.shuffled(step, len(labels), args.batch, args.seed), fetch, base=base,
-            method=args.method, steps=args.steps, lr=args.lr, warmup=warmup, beta=args.beta, alpha=args.alpha,
-            accum=args.accum, seed=args.seed, compile=args.compile, state=state, name=Path(args.out).stem,
-            save=lambda done: weights.save(args.out, header | done))
+            steps=args.steps, warmup=warmup, state=state, name=Path(args.out).stem,
+            save=lambda done: weights.save(args.out, header | done), **prt.options(args))
 
     scores = prt.predict(classifier(policy, prompts) if pretraining else policy, test.images)
     if not pretraining:

@@ -1,7 +1,8 @@
-"""Files to models: safetensors, torch.save'd and TorchScript files, OpenCLIP folders, hub ids, checkpoints.
+"""Files to models: safetensors, torch.save'd and TorchScript files, folders, hub ids, checkpoints.
 
 Everything from outside is data: only tensors and plain values are unpickled, sizes are checked before use.
 """
+import argparse
 import contextlib
 import fcntl
 import http.client
@@ -19,11 +20,14 @@ import torch
 from tqdm import tqdm
 
 from models.clip import CLIP, Classifier
+from models.gpt import GPT
+from models.tokenizer import Tokenizer
 
 CACHE = Path(os.environ.get("PRT_CACHE", "~/.cache/prt")).expanduser()  # downloads and resized images
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
               I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+FIXED = ("base", "data", "method", "out", "size")  # what a recipe of `stages` alone decides
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
@@ -59,26 +63,54 @@ def save(path, checkpoint):
         raise OSError(f"{path}: could not be written, the disk may be full ({first_line(error)})") from error
 
 
-def unfinished(path, resume, settings):
-    """What a run that writes to `path` starts from: None, or with resume what an interrupted one left there.
+def settings(args):
+    """The arguments that a run's result depends on; its checkpoint keeps them."""
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "device", "compile", "out")}
+
+
+def unfinished(args):
+    """What a run that writes to args.out starts from: None, or with --resume what an interrupted one left.
 
     Raises, before any work is done, where that would overwrite a file or mix two runs' settings.
     """
+    path = args.out
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if not Path(path).exists():
-        if resume:
+        if args.resume:
             raise FileNotFoundError(f"--resume: there is no {path}")
         return None
-    if not resume:
+    if not args.resume:
         raise FileExistsError(f"{path} exists: --resume goes on with it, another --out leaves it alone")
     state = read(path)
     if "optimizer" not in state:
         raise ValueError(f"--resume: {path} is no unfinished run (step {state.get('step')} was its last)")
     begun = state.get("args", {})
-    for k, v in settings.items():
+    for k, v in settings(args).items():
         if begun.get(k) != v:
             raise ValueError(f"--resume: {path} was begun with --{k} {begun.get(k)}, not {v}")
     return state
+
+
+def stages(recipes, args, folder, train):
+    """Makes folder/NAME.pt for each recipe by train(its arguments), unless a finished one is there.
+
+    recipes: name -> arguments, base being the name of an earlier one. What args sets itself has precedence.
+    Returns name -> path.
+    """
+    paths = {name: f"{Path(folder) / name}.pt" for name in recipes}
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    for name, recipe in recipes.items():
+        fixed = recipe | dict(out=paths[name], base=paths.get(recipe.get("base")))
+        run = argparse.Namespace(**vars(args) | recipe | given | {k: fixed[k] for k in FIXED if k in fixed})
+        found = read(run.out) if Path(run.out).exists() else {}
+        if found and "optimizer" not in found:
+            if found.get("args") != settings(run):
+                raise ValueError(f"{run.out} was made with other arguments; name another --out")
+            print(f"{run.out} is kept")
+        else:
+            run.resume = bool(found)
+            train(run)
+    return paths
 
 
 def first_line(error):
@@ -109,8 +141,8 @@ def download(url, path):
     except urllib.error.HTTPError as error:
         if error.code == 404:
             raise FileNotFoundError(f"{url}: no such file") from None
-        gated = "; misspelt or gated (accept its licence, set HF_TOKEN)" * (error.code in (401, 403))
-        raise OSError(f"{url}: HTTP {error.code} {error.reason}{gated}") from None
+        hint = f"; misspelt, or gated: accept the licence at {url.split('/resolve/')[0]}, set HF_TOKEN"
+        raise OSError(f"{url}: HTTP {error.code}{hint * (error.code in (401, 403))}") from None
     except (OSError, http.client.HTTPException) as error:
         why = f"download failed ({first_line(error)}); fetch it elsewhere and put it at {path}"
         raise OSError(f"{url}: {why}") from None
@@ -211,50 +243,141 @@ def architecture(tensors, config):
                        heads=heads(features, features / head_width), image_size=32 * math.isqrt(tokens - 1))
 
 
-def fill(model, tensors):
-    """Gives a model built on the meta device its tensors, float32, strictly, and puts it into eval mode."""
-    torch.tensor([model.arch["mean"], model.arch["std"]]).view(2, 3)  # raises where it is no pair of threes
-    tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+GPT2_NAMES = {"wte.": "embed_tokens.", "wpe.": "embed_positions.", "ln_f.": "norm.", "h.": "layers.",
+              "ln_1.": "input_layernorm.", "ln_2.": "post_attention_layernorm.", "mlp.c_fc.": "mlp.up_proj.",
+              "mlp.c_proj.": "mlp.down_proj.", "attn.c_proj.": "self_attn.o_proj."}
+# What models/gpt.py calls by one name goes by these keys of a config.json.
+GPT_KEYS = dict(family="model_type", vocab="vocab_size", width="hidden_size n_embd", end="eos_token_id",
+                layers="num_hidden_layers n_layer", heads="num_attention_heads n_head", head_width="head_dim",
+                kv_heads="num_key_value_heads", mlp="intermediate_size n_inner", tied="tie_word_embeddings",
+                positions="max_position_embeddings n_positions", eps="rms_norm_eps layer_norm_epsilon")
+GPT_KNOWN = dict(model_type=("gpt2", "llama", "qwen2"), hidden_act=("silu",), mlp_bias=(False,),
+                 activation_function=("gelu_new",), attention_bias=(False,), use_sliding_window=(False,),
+                 scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), quantization_config=())
+
+
+def gpt_architecture(config):
+    """The arch dict of models/gpt.py in a Hugging Face config.json, with RoPE keys of the old or new form."""
+    if odd := [k for k, known in GPT_KNOWN.items() if k in config and config[k] not in known]:
+        raise ValueError("models/gpt.py has gpt2, llama (Falcon3 too) and qwen2, but not "
+                         + ", ".join(f"{k} {config[k]}" for k in odd))
+    arch = {ours: next((config[k] for k in theirs.split() if config.get(k) is not None), None)
+            for ours, theirs in GPT_KEYS.items()}
+    gpt2, end = config["model_type"] == "gpt2", arch["end"]
+    defaults = dict(kv_heads=arch["heads"], head_width=arch["width"] // arch["heads"],
+                    mlp=4 * arch["width"], tied=gpt2)
+    arch |= {k: v for k, v in defaults.items() if arch[k] is None}
+    old = dict(rope_theta=config.get("rope_theta", 10000.0)) | (config.get("rope_scaling") or {})
+    rope = config.get("rope_parameters") or old
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"rope_type {kind}; models/gpt.py has default and llama3")
+    rope = dict(theta=rope["rope_theta"], llama3=rope if kind == "llama3" else None)
+    return arch | dict(rope=None if gpt2 else rope, end=end[0] if isinstance(end, list) else end)
+
+
+def gpt_tensors(tensors, arch):
+    """A Hugging Face GPT's tensors under the names, and in the shapes, of models/gpt.py."""
+    found = {}
+    for name, x in tensors.items():
+        name = name.removeprefix("transformer.").removeprefix("model.")
+        if name.endswith((".attn.bias", ".attn.masked_bias", ".inv_freq")):  # buffers of old files
+            continue
+        if name == "lm_head.weight" and arch["tied"]:
+            continue
+        if arch["family"] == "gpt2":
+            x = x.T.contiguous() if ".c_" in name and x.ndim == 2 else x  # it stores [inputs, outputs]
+            for old, new in GPT2_NAMES.items():
+                name = name.replace(old, new)
+        parts = x.chunk(3) if ".c_attn." in name else [x]
+        found |= {name.replace("attn.c_attn", f"self_attn.{p}_proj"): y for p, y in zip("qkv", parts)}
+    return found
+
+
+def same_vocabulary(models):
+    """The tokenizer that GPTs share; models: name -> GPT. Where their output matrices differ by padded rows,
+    they are cut to the tokenizer's size. Raises ValueError where the tokenizers differ.
+    """
+    tokenizers = {name: Tokenizer(model.info["tokenizer"], name) for name, model in models.items()}
+    (first, one), *others = tokenizers.items()
+    for name, other in others:
+        if other.hash != one.hash:
+            raise ValueError(f"{first} has {one.size} tokens ({one.hash[:8]}), {name} {other.size} "
+                             f"({other.hash[:8]}): a reward needs a base with its own tokenizer")
+    size = min(t.size for t in tokenizers.values())
+    rows = {name: model.size for name, model in models.items()}
+    if min(rows.values()) < size:
+        raise ValueError(f"the tokenizer has {size} tokens, but the output matrices have rows: {rows}")
+    if len(set(rows.values())) > 1:
+        print(f"the output matrices have {rows} rows: cut to the tokenizer's {size}")
+        for model in models.values():
+            model.size = size
+    return one
+
+
+def build(model_class, arch, tensors, info, dtype=torch.float32, *inputs):
+    """The model, built on the meta device and given its tensors, strictly: no weight is in memory twice."""
+    torch.tensor([arch.get("mean", CLIP_MEAN), arch.get("std", CLIP_STD)]).view(2, 3)  # raises unless threes
+    layers = arch["layers"] if isinstance(arch["layers"], list) else [arch["layers"]]
+    if max(layers) > len(tensors):  # else a damaged number builds modules for hours
+        raise ValueError(f"{layers} layers in {len(tensors)} tensors")
+    with torch.device("meta"):
+        model = model_class(arch, *inputs)
+    for name, x in tensors.items():
+        tensors[name] = x.to(dtype) if x.is_floating_point() else x
     model.load_state_dict(tensors, assign=True)
+    model.info = info
     return model.eval().requires_grad_(True)
 
 
-ROLES = dict(clip="a base (a whole CLIP)", prt="a reward", ft="a fine-tuned classifier")
+ROLES = dict(base="a base", prt="a reward", ft="a fine-tuned model")
+WORLDS = {True: "for text", False: "for images"}
 
 
-def load(source, role=None):
-    """A model in eval mode, float32 on the CPU, its plain values in model.info, from whatever `source` names:
+def load(source, role=None, text=None, dtype=torch.float32):
+    """A model in eval mode on the CPU, its plain values in model.info, from whatever `source` names:
 
-    the project's own checkpoint, an OpenCLIP folder (open_clip_config.json + open_clip_model.safetensors or
-    open_clip_pytorch_model.bin) or hub id org/name of that layout, a bare CLIP state dict (.pt,
-    .safetensors), or OpenAI's TorchScript .pt. role: what it must be, a key of ROLES. Raises ValueError or
-    OSError naming the file.
+    the project's own checkpoint; a folder, or hub id org/name, in OpenCLIP's layout (open_clip_config.json +
+    open_clip_model.safetensors or open_clip_pytorch_model.bin) or Hugging Face's (config.json +
+    model.safetensors, or its index and shards, + the tokenizer's files); a bare CLIP state dict (.pt,
+    .safetensors); OpenAI's TorchScript .pt. role, text: what it must be, a key of ROLES and of WORLDS. dtype:
+    a GPT's. Raises ValueError or OSError naming the file.
     """
     source, path, config = str(source), Path(source), {}
-    if not path.exists():
-        if not HUB_ID.fullmatch(source) or path.suffix in (".pt", ".bin", ".safetensors"):
-            raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (org/name) either")
-        path = hub(source, "open_clip_config.json").parent
-        try:
-            (path / "open_clip_pytorch_model.bin").exists() or hub(source, "open_clip_model.safetensors")
-        except FileNotFoundError:
-            hub(source, "open_clip_pytorch_model.bin")
-    if path.is_dir():
-        try:
-            config = json.loads((path / "open_clip_config.json").read_text())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}/open_clip_config.json: {error}") from None
-        path /= "open_clip_model.safetensors"
-        path = path if path.exists() else path.with_name("open_clip_pytorch_model.bin")
-    found = read(path)
+    if not path.exists() and (not HUB_ID.fullmatch(source) or path.suffix in (".pt", ".bin", ".safetensors")):
+        raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (org/name) either")
+
+    def fetch(*names):
+        """The path of the first of these files that the folder, or the hub, has."""
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found = path / name if path.exists() else hub(source, name)
+                if found.exists():
+                    return found
+        raise FileNotFoundError(f"{source}: holds no {' and no '.join(names)}")
+
+    file = path
     try:
-        model = own(found) if "kind" in found else clip_from(found, config, path)
-        found_role = ROLES[model.info.get("method", model.info["kind"])]
+        if not path.is_file():
+            file = fetch("open_clip_config.json", "config.json")
+            config = json.loads(file.read_text())
+        if file.name == "config.json":
+            model = gpt_from(fetch, config, dtype)
+        else:
+            if config:
+                file = fetch("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+            found = read(file)
+            model = own(found, dtype) if "kind" in found else clip_from(found, config, file)
+        found_role, found_text = model.info.get("method", "base"), model.info["kind"] == "gpt"
+        what = f"{source} is {ROLES[found_role]} {WORLDS[found_text]}"
+    except OSError:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-        why = " ".join(str(error).split())[:400]
-        raise ValueError(f"{path}: no CLIP and no checkpoint of this project: {why}") from None
-    if role and ROLES[role] != found_role:
-        raise ValueError(f"{source} is {found_role}; {ROLES[role]} is needed here")
+        why = " ".join(str(error).split()).removeprefix(f"{file}: ")[:400]
+        raise ValueError(f"{file}: no model and no checkpoint of this project: {why}") from None
+    wanted = role or found_role, found_text if text is None else text
+    if wanted != (found_role, found_text):
+        raise ValueError(f"{what}; {ROLES[wanted[0]]} {WORLDS[wanted[1]]} is needed here")
     return model
 
 
@@ -266,19 +389,41 @@ def clip_from(found, config, path):
         print(f"{path}: a bare state dict does not tell activation and pixel mean: GELU, CLIP's mean taken")
     for name in ("input_resolution", "context_length", "vocab_size"):
         tensors.pop(name, None)
-    with torch.device("meta"):
-        model = CLIP(arch)
-    model.info = dict(kind="clip")
-    return fill(model, tensors)
+    return build(CLIP, arch, tensors, dict(kind="clip"))
 
 
-def own(checkpoint):
-    """The model in a checkpoint of `fit`: kind "clip" (both towers) or "classifier" (image tower, head)."""
-    arch, tensors = checkpoint["arch"], checkpoint["model"]
-    layers = arch["layers"] if isinstance(arch["layers"], list) else [arch["layers"]]
-    if max(layers) > len(tensors):  # else a damaged number builds modules for hours
-        raise ValueError(f"{layers} layers in {len(tensors)} tensors")
-    with torch.device("meta"):
-        model = CLIP(arch) if checkpoint["kind"] == "clip" else Classifier(arch, tensors["head"])
-    model.info = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
-    return fill(model, tensors)
+def gpt_from(fetch, config, dtype):
+    """The GPT in a folder of Hugging Face's layout; fetch: names -> path of the first that is there."""
+    arch, tensors = gpt_architecture(config), {}
+    file = fetch("model.safetensors", "model.safetensors.index.json")
+    names = [file.name]
+    if file.suffix == ".json":
+        names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+    for name in names:  # a shard is dropped once it is converted
+        if Path(name).name != name:
+            raise ValueError(f"{file.name} names {name}, no file beside it")
+        tensors |= {k: x.to(dtype) for k, x in gpt_tensors(read(fetch(name)), arch).items()}
+    return build(GPT, arch, tensors, dict(kind="gpt", tokenizer=tokenizer_text(fetch)), dtype)
+
+
+def tokenizer_text(fetch):
+    """The text of tokenizer.json, or one made of vocab.json and merges.txt (GPT-2's form); "" without any."""
+    with contextlib.suppress(FileNotFoundError):
+        return fetch("tokenizer.json").read_text("utf-8")
+    with contextlib.suppress(FileNotFoundError):
+        vocab, merges = (fetch(name).read_text("utf-8") for name in ("vocab.json", "merges.txt"))
+        lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
+        return json.dumps(dict(model=dict(vocab=json.loads(vocab), merges=lines),
+                               pre_tokenizer=dict(type="ByteLevel")))
+    return ""
+
+
+def own(checkpoint, dtype):
+    """The model in a checkpoint of `fit`: "clip" (both towers), "classifier" (image tower, head), "gpt"."""
+    arch, tensors, kind = checkpoint["arch"], checkpoint["model"], checkpoint["kind"]
+    info = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
+    if kind == "gpt":
+        return build(GPT, arch, tensors, info, dtype)
+    if kind == "clip":
+        return build(CLIP, arch, tensors, info)
+    return build(Classifier, arch, tensors, info, torch.float32, tensors["head"])
