@@ -32,7 +32,7 @@ from models.clip import classifier
 
 PROC = Path("/proc/self")
 NUMBER = re.compile(r"#### *(-?[\d,]*\.?\d+)")  # GSM8K's form of an answer
-SHADES = ((4, 203), (2, 209), (1, 216), (0.5, 223), (0.1, 230), (0, None))  # KL in nats -> terminal colour
+SHADES = ((4, 203), (2, 209), (1, 216), (0.5, 223), (0.1, 230))  # KL in nats -> terminal colour
 COLUMNS = dict(top1=("top-1", "{:.2%}"), form=("in form", "{:.1%}"), exact=("exact", "{:.1%}"),
                error=("s.e.", "{:.1%}"), nll=("NLL", "{:.3f}"), accuracy=("tokens", "{:.1%}"),
                kl=("KL", "{:.3f}"), ms=("ms/image", "{:.3f}"), speed=("tokens/s", "{:.0f}"),
@@ -97,7 +97,11 @@ def main():
 def plan(args, base, rewards, ref, tuned, oracle):
     """The table's rows: (label, beta, base that the KL is from, base, rewards as prt.generate takes them)."""
     yield "base alone", None, base, base, []
-    for title, group in added(args.reward, rewards):
+    groups = [("reward (PRT)", rewards)]
+    if len(rewards) > 1:
+        groups = [(f"{path} (PRT)", [r]) for path, r in zip(args.reward, rewards)]
+        groups.append(("sum of rewards", rewards))
+    for title, group in groups:
         for beta in args.beta or [group[0].info["beta"]]:
             own = [(m.info["beta"] / (beta if args.beta else m.info["beta"]), m) for m in group]
             yield f"base + {title}", beta, base, base, own
@@ -183,7 +187,7 @@ def language(args, device, models, rows):
         prompt = asked(args.prompt)
         for label, _, _, base, rewards in rows[:2]:
             answer, = respond(base, rewards, [prompt])
-            print(f"{label}:{coloured(rows[1][3:], prompt, answer, tokenizer, device)}\n")
+            print(f"{label}:{coloured(*rows[1][3:], prompt, answer, tokenizer, device)}\n")
         return
     name = args.data or reward.info["data"]
     path = Path(name)
@@ -192,25 +196,23 @@ def language(args, device, models, rows):
         prompts = [asked(doc["prompt"]) for doc in docs[: args.limit]]
         return ifeval(args, docs, rows, lambda base, rewards: [
             tokenizer.decode(answer) for answer in respond(base, rewards, prompts)])
-    _, examples = text.load(name, "train" if path.is_file() else "test")
-    examples = examples[: args.limit]
+    examples = text.load(name, "train" if args.data and path.is_file() else "test")[1][: args.limit]
     prompts = [text.token_ids(parts[:-1], tokenizer, end)[0] for _, parts in examples]
-    truth = [NUMBER.search(parts[-1][0]) for _, parts in examples]
+    truth = [number(parts[-1][0]) for _, parts in examples]
     data = text.encode(examples, tokenizer, end, room)
     order = torch.tensor([len(ids) for ids in data.ids]).argsort()
-    batches = [[x.to(device) for x in (*inputs, targets)]
-               for inputs, targets in (text.collate(data, i) for i in order.split(args.batch))]
-    for i, (label, beta, _, base, rewards) in enumerate(rows):
+    batches = [text.collate(data, i, device) for i in order.split(args.batch)]
+    for i, (label, beta, own_base, base, rewards) in enumerate(rows):
         answers = []
         seconds, mib = measure([base, *(m for _, m in rewards)],
                                lambda: answers.append(respond(base, rewards, prompts)), device, repeats=0)
-        found = [NUMBER.search(tokenizer.decode(answer)) for answer in answers[0]]
-        right = [bool(a and b and same_number(a[1], b[1])) for a, b in zip(found, truth)]
-        scores = prt.score(base, rewards, [(inputs, targets) for *inputs, targets in batches])
-        exact = sum(right) / len(right)
-        rows[i] = scores | dict(method=label, beta=beta, form=sum(map(bool, found)) / len(found), exact=exact,
-                                error=math.sqrt(exact * (1 - exact) / len(right)), mib=mib,
-                                speed=sum(len(answer) + 1 for answer in answers[0]) / seconds)
+        found = [number(tokenizer.decode(answer)) for answer in answers[0]]
+        form = sum(x is not None for x in found) / len(found)
+        exact = sum(x is not None and x == y for x, y in zip(found, truth)) / len(found)
+        moved = rewards if base is own_base else [(1.0, base), (-1.0, own_base)]  # the same, for its KL
+        rows[i] = dict(method=label, beta=beta, form=form, exact=exact, **prt.score(own_base, moved, batches),
+                       error=math.sqrt(exact * (1 - exact) / len(found)), mib=mib,
+                       speed=sum(len(answer) + 1 for answer in answers[0]) / seconds)
     table(args, device, rows, dict(data=name, examples=len(examples), batch=args.batch))
 
 
@@ -221,30 +223,26 @@ def same_classes(name, classes, other, other_classes):
                          f"same, but {differ[0]} differ")
 
 
-def added(paths, rewards):
-    """(title, rewards) of each reward alone and, where there are several, of their sum."""
-    if len(rewards) == 1:
-        return [("reward (PRT)", rewards)]
-    return [(f"{path} (PRT)", [r]) for path, r in zip(paths, rewards)] + [("sum of rewards", rewards)]
+def number(answer):
+    """The number in GSM8K's form of an answer, "#### 1,234", or None."""
+    found = NUMBER.search(answer)
+    return found and float(found[1].replace(",", ""))
 
 
-def same_number(a, b):
-    return float(a.replace(",", "")) == float(b.replace(",", ""))
-
-
-def coloured(mixture, prompt, answer, tokenizer, device):
-    """The answer's text, a token the redder, the farther the reward moves it (KL of tilted from base)."""
-    base, rewards = mixture
+@torch.no_grad()
+def coloured(base, rewards, prompt, answer, tokenizer, device):
+    """The answer's text, a token the redder, the farther the rewards move it (KL of tilted from base)."""
     ids = torch.tensor([prompt + answer], device=device)
-    where = torch.arange(len(prompt) - 1, ids.shape[1] - 1, device=device)
-    kls = [prt.score(base, rewards, [((ids, i), ids[0, i + 1])])["kl"] for i in where.split(1)]
+    base_logits, *others = (policy.head(policy.features(ids)[0, len(prompt) - 1:-1]).float()
+                            for policy in (base, *(policy for _, policy in rewards)))
+    r = sum(weight * x for (weight, _), x in zip(rewards, others))
     plain = "NO_COLOR" in os.environ or not sys.stdout.isatty()
     out, held, moved = "", b"", 0.0
-    for token, kl in zip(answer, kls):
+    for token, kl in zip(answer, prt.kl(prt.tilt(base_logits, r), base_logits).tolist()):
         held, moved = held + tokenizer.encoding.decode_single_token_bytes(token), max(moved, kl)
         with contextlib.suppress(UnicodeDecodeError):  # a character may need several tokens
             piece = held.decode()
-            colour = next(c for limit, c in SHADES if moved >= limit)
+            colour = next((colour for limit, colour in SHADES if moved >= limit), None)
             out += piece if plain or colour is None else f"\033[48;5;{colour}m\033[30m{piece}\033[0m"
             held, moved = b"", 0.0
     return out
@@ -266,9 +264,9 @@ def ifeval(args, docs, rows, respond):
         scores = ""
         if process_results:
             found = [process_results(doc, [response]) for doc, response in zip(docs, responses)]
-            for key in found[0]:
-                values = [v for d in found for v in (d[key] if isinstance(d[key], list) else [d[key]])]
-                scores += f", {key} {sum(values) / len(values):.2%}"
+            shares = {key: statistics.mean(v for d in found for v in (d[key] if "inst" in key else [d[key]]))
+                      for key in found[0]}
+            scores = f": {statistics.mean(shares.values()):.2%}, the mean of {shares}"
         print(f"{label}: {path}{scores}")
 
 
@@ -281,35 +279,26 @@ def measure(models, work, device, repeats=5):
     size = sum(t.nbytes for m in set(models) for t in (*m.parameters(), *m.buffers()))
     clock, extra = [], 0.0
     for _ in range(repeats + 1):
-        before = reset_peak(device)
-        start = time.perf_counter()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)  # pages that are free already would hide the next peak
+                (PROC / "clear_refs").write_text("5")  # Linux: the peak of the resident set starts again
+        before, start = memory(device, "VmRSS"), time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
         clock.append(time.perf_counter() - start)
-        extra = max(extra, peak(device) - before)
+        extra = max(extra, memory(device, "VmHWM") - before)
     return statistics.median(clock[1:] or clock), size / 2**20 + extra
 
 
-def reset_peak(device):
-    """Forgets the peak of the memory; returns what is in use, in MiB (nan where the system does not tell)."""
+def memory(device, key):
+    """MiB in use ("VmRSS") or at its peak ("VmHWM"); nan where the system does not tell."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # pages that are free already would hide the next peak
-    with contextlib.suppress(OSError):
-        (PROC / "clear_refs").write_text("5")  # Linux: the peak of the resident set starts again
-    return resident("VmRSS")
-
-
-def peak(device):
-    return prt.peak_memory(device) if device.type == "cuda" else resident("VmHWM")
-
-
-def resident(key):
+        return (torch.cuda.memory_allocated if key == "VmRSS" else torch.cuda.max_memory_allocated)() / 2**20
     try:
         return int((PROC / "status").read_text().split(key + ":")[1].split()[0]) / 2**10
     except (OSError, IndexError):

@@ -114,22 +114,23 @@ def train(args, device):
     if base:
         header |= dict(method=args.method, beta=args.beta, source=args.base)
 
-    def batch(data, i):
-        inputs, targets = text.collate(data, i)
-        return tuple(x.to(device, non_blocking=True) for x in inputs), targets.to(device, non_blocking=True)
+    def fetch(i, generator):
+        return *text.collate(data, i, device), None
 
     warmup = round(0.03 * steps) if args.warmup is None else args.warmup
-    prt.fit(policy, indices, lambda i, generator: (*batch(data, i), None), base=base, steps=steps,
-            warmup=warmup, decay="linear", head=GPT.head, chunk=args.chunk, state=state, name=Path(args.out).stem,
+    prt.fit(policy, indices, fetch, base=base, steps=steps, warmup=warmup, decay="linear", head=GPT.head,
+            chunk=args.chunk, state=state, name=Path(args.out).stem,
             save=lambda done: weights.save(args.out, header | done), **prt.options(args))
 
     with contextlib.suppress(FileNotFoundError):  # there may be no test split
         test = text.encode(text.load(args.data, "test")[1], tokenizer, end, args.length)
-        tested = [batch(test, i) for i in torch.arange(len(test.ids)).split(32)]
-        rewards = {"prt": [(1.0, policy)], "ft": [(1.0, policy), (-1.0, base)]}.get(args.method, [])
-        for name, added in {args.base: [], args.out: rewards}.items():
+        tested = [text.collate(test, i, device) for i in torch.arange(len(test.ids)).split(32)]
+        rows = {args.out: (policy, [])}
+        if base:  # fine-tuning's reward is policy - base, so that the sum is the policy
+            rows = {args.base: (base, []), args.out: (base, [(1.0, policy), (-1.0, base)][:1 + (args.method == "ft")])}
+        for name, (model, rewards) in rows.items():
             print(f"{name}: " + "NLL {nll:.3f} per token, {accuracy:.2%} of the tokens".format(
-                **prt.score(base or policy, added, tested)))
+                **prt.score(model, rewards, tested)))
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def batches(lengths, batch, steps, seed, pool=50):
     return lambda step: pooled(step // pool * pool)[step % pool]
 
 
-def collate(data, i):
+def collate(data, i, device="cpu"):
     """((ids [B, T], where [N]), targets [N]): padded at the right; where: places whose next token counts."""
     rows = [(data.ids[k], data.counts[k]) for k in i.tolist()]
     T = max(len(ids) for ids, _ in rows) - 1
@@ -177,7 +177,9 @@ def collate(data, i):
         ids[row, :len(tokens) - 1] = tokens[:-1]
         where.append(row * T + counts[1:].nonzero().flatten())
         targets.append(tokens[1:][counts[1:]])
-    return (ids, torch.cat(where)), torch.cat(targets)
+    ids, where, targets = (x.to(device, non_blocking=True)
+                           for x in (ids, torch.cat(where), torch.cat(targets)))
+    return (ids, where), targets
 
 
 def padding(data, parts):
@@ -221,7 +223,9 @@ def arithmetic(split):
         story, equation = " " + rng.choice(STORIES[sign]).format(**values), f" {a} {sign} {b} = {c}"
         if problems:
             return [(story + " How many?", False), (f"{equation} #### {c}", True)]
-        return rng.choice([equation, story + " " + ENDS[sign].format(**values), story + equation])
+        heading, question = f" #### {values['i']}" * (rng.random() < 0.2), " How many?" * (rng.random() < 0.5)
+        end = " " + ENDS[sign].format(**values)
+        return heading + rng.choice([equation, story + question + end, story + question + equation])
 
     for _ in range(COUNTS[split]):
         yield item() if problems else [("".join(item() for _ in range(rng.randint(1, 4))), True)]

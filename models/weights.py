@@ -348,12 +348,14 @@ def load(source, role=None, text=None, dtype=torch.float32):
         raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (org/name) either")
 
     def fetch(*names):
-        """The path of the first of these files that the folder, or the hub, has."""
+        """The path of the first of these files that the folder, the cache or else the hub has."""
+        folder = path if path.exists() else CACHE / "hub" / source
         for name in names:
+            if (folder / name).exists():
+                return folder / name
+        for name in names if folder != path else ():
             with contextlib.suppress(FileNotFoundError):
-                found = path / name if path.exists() else hub(source, name)
-                if found.exists():
-                    return found
+                return hub(source, name)
         raise FileNotFoundError(f"{source}: holds no {' and no '.join(names)}")
 
     file = path

@@ -100,9 +100,7 @@ def peaks(args):
 
 def peak(args, device):
     """What one mode adds to the memory of this process at its peak, in MiB."""
-    before = evaluation.reset_peak(device)
-    trainer(args, device, args.peak)()
-    return evaluation.peak(device) - before
+    return evaluation.measure([], lambda: trainer(args, device, args.peak)(), device, repeats=0)[1]
 
 
 def forward(args, device):
