@@ -54,7 +54,7 @@ def parse():
     p.add_argument("--picture", help="images: draw a grid of test images with both answers to this .png")
     p.add_argument("--prompt", help="text: answer this, once alone and once with the reward, and stop")
     p.add_argument("--limit", type=prt.positive(int), help="text: the first N examples alone")
-    p.add_argument("--new-tokens", type=prt.positive(int), default=256, help="text: the longest answer")
+    p.add_argument("--new-tokens", type=prt.positive(int), help="text: the longest answer (256)")
     p.add_argument("--temperature", type=float, default=0.0, help="text: sample (0: the likeliest token)")
     p.add_argument("--top-p", type=prt.positive(float), default=1.0, help="text: sample from this share")
     p.add_argument("--seed", type=int, default=0, help="text: of the samples")
@@ -66,8 +66,9 @@ def main():
     args = parse()
     device = prt.setup(args.device)
     dtype = prt.frozen_dtype(device)
-    rewards = [weights.load(path, "prt", dtype=dtype) for path in args.reward]
-    info, is_text = rewards[0].info, rewards[0].info["kind"] == "gpt"
+    models = {args.reward[0]: weights.load(args.reward[0], "prt", dtype=dtype)}
+    info = models[args.reward[0]].info
+    is_text = info["kind"] == "gpt"
     if not is_text:
         prompts = images.prompts(info["classes"], info["templates"])
 
@@ -75,15 +76,19 @@ def main():
         model = weights.load(source, role, is_text, dtype)
         return model if is_text or role != "base" else classifier(model.to(device), prompts)
 
+    if not args.temperature >= 0:
+        raise ValueError(f"--temperature {args.temperature}: 0 or more")
     source = args.ref or info["source"]
-    models = {path: model for path, model in zip(args.reward, rewards)}
+    for path in args.reward[1:]:
+        models[path] = models.get(path) or load(path, "prt")
+    rewards = [models[path] for path in args.reward]
     base = models[args.base] = load(args.base, "base")
     tuned, oracle = (path and models.setdefault(path, load(path, "ft")) for path in (args.tuned, args.oracle))
     for path, used in ((args.tuned, source), (args.oracle, args.base)):
         if path and models[path].info["source"] != used:
             print(f"note: {path} was tuned from {models[path].info['source']}; the table takes {used} for it")
     try:
-        ref = models[source] = models.get(source) or load(source, "base")
+        ref = models[source] = base if source == args.base else load(source, "base")
     except OSError as error:
         if args.ref or args.tuned:
             raise
@@ -156,15 +161,19 @@ def vision(args, device, models, rows):
 def language(args, device, models, rows):
     """The table of text, or what one prompt is answered, or the responses to IFEval's prompts."""
     reward = models[args.reward[0]]
+    name = args.data or reward.info["data"]
     tokenizer, end = weights.same_vocabulary(models), reward.arch["end"]
     room = min(m.arch["positions"] for m in models.values())
 
     def respond(base, rewards, prompts):
         """Greedy or sampled answers (ids) to prompts (ids), in batches of similar lengths."""
         longest = max(map(len, prompts))
-        if longest + args.new_tokens > room:
-            raise ValueError(f"a prompt of {longest} tokens and --new-tokens {args.new_tokens} are more than "
-                             f"the {room} positions of these models: lower --new-tokens, shorten the prompt")
+        length = args.new_tokens or max(1, min(256, room - longest))
+        if longest + length > room:
+            raise ValueError(f"a prompt of {longest} tokens and an answer of {length} (--new-tokens) are more "
+                             f"than the {room} positions of these models")
+        if not all(prompts):
+            raise ValueError(f"{name}: holds an empty prompt, to which there is no answer")
         generator = torch.Generator(device).manual_seed(args.seed)
         out = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -174,7 +183,7 @@ def language(args, device, models, rows):
             pad = [T - len(prompts[i]) for i in some]
             ids = torch.tensor([[end] * n + prompts[i] for n, i in zip(pad, some)], device=device)
             pad = torch.tensor(pad, device=device) if any(pad) else None
-            new = prt.generate(base, rewards, ids, length=args.new_tokens, end=end, pad=pad,
+            new = prt.generate(base, rewards, ids, length=length, end=end, pad=pad,
                                temperature=args.temperature, top_p=args.top_p, generator=generator)
             for i, row in zip(some, new[:, T:].tolist()):
                 out[i] = row[:row.index(end)] if end in row else row
@@ -189,10 +198,11 @@ def language(args, device, models, rows):
             answer, = respond(base, rewards, [prompt])
             print(f"{label}:{coloured(*rows[1][3:], prompt, answer, tokenizer, device)}\n")
         return
-    name = args.data or reward.info["data"]
     path = Path(name)
     docs = [row for _, row in text.rows(path)] if path.is_file() and path.suffix == ".jsonl" else []
     if docs and "instruction_id_list" in docs[0]:
+        if lost := [i + 1 for i, doc in enumerate(docs) if not isinstance(doc.get("prompt"), str)]:
+            raise ValueError(f"{path}: row {lost[0]} has no prompt")
         prompts = [asked(doc["prompt"]) for doc in docs[: args.limit]]
         return ifeval(args, docs, rows, lambda base, rewards: [
             tokenizer.decode(answer) for answer in respond(base, rewards, prompts)])
@@ -256,7 +266,7 @@ def ifeval(args, docs, rows, respond):
         process_results = print("no scores without lm_eval: pip install lm_eval[ifeval]")
     for label, beta, _, base, rewards in rows:
         responses = respond(base, rewards)
-        name = re.sub("[^a-z]+", "-", label.lower()).strip("-") + (f"-{beta:g}" if beta else "")
+        name = re.sub("[^a-z0-9]+", "-", label.lower()).strip("-") + (f"-{beta:g}" if beta else "")
         path = Path(args.responses) / f"{name}.jsonl"
         with weights.atomic(path) as f:
             f.writelines(json.dumps(dict(prompt=doc["prompt"], response=response)).encode() + b"\n"

@@ -150,7 +150,7 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
     if compile:
         net, base_net = torch.compile(net), base and torch.compile(base)
 
-    def part(features, base_features, targets, logging):
+    def summed(features, base_features, targets, logging):
         """The loss, summed over some targets; with it, without gradient, [loss, correct, KL], summed."""
         logits = head(policy, features) if head else features
         base_logits = torch.zeros_like(logits)
@@ -196,8 +196,8 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
                 bases = repeat(None) if base_features is None else base_features.split(size)
                 loss = 0.0
                 for some in zip(features.split(size), bases, targets.split(size)):
-                    loss_part, sums = (checkpoint(part, *some, logging, use_reentrant=False)
-                                       if size < len(targets) else part(*some, logging))
+                    loss_part, sums = (checkpoint(summed, *some, logging, use_reentrant=False)
+                                       if size < len(targets) else summed(*some, logging))
                     loss = loss + loss_part
                     totals[:2] += sums[:2]
                     moved += sums[2]
@@ -338,7 +338,7 @@ class RewardProcessor:
             same = int((ids[:, :n] == old[:, :n]).all(0).long().cumprod(0).sum())
         if not same or T > self.cache.length:
             self.cache, same = self.model.cache(len(ids), 2 * T + 64, pad), 0
-        self.cache.at = same
+        self.cache.at, self.seen = same, None  # an error on the way leaves nothing to go on from
         logits = self.model.head(self.model.features(ids[:, same:], self.cache)[:, -1])
         self.seen = ids.clone()
         out = torch.full_like(scores, -math.inf, dtype=torch.float32)

@@ -54,20 +54,25 @@ def parse():
 def main():
     args = parse()
     device = prt.setup(args.device)
-    if args.data != "arithmetic" or args.method or args.base:
-        recipe = SCRATCH if args.method == "pretrain" else PAPER
+    def own(recipe):
+        """The recipe, less its number of steps where --epochs decides."""
+        return {k: v for k, v in recipe.items() if k != "steps" or not args.epochs}
+
+    if args.data != "arithmetic" or args.method or args.base is not None:
         given = {k: v for k, v in vars(args).items() if v is not None}
         out = f"out/{Path(args.data).name}-{args.method or 'prt'}.pt"
-        return train(argparse.Namespace(**vars(args) | recipe | dict(out=out) | given), device)
+        recipe = own(SCRATCH if args.method == "pretrain" else PAPER) | dict(out=out)
+        return train(argparse.Namespace(**vars(args) | recipe | given), device)
     folder = args.out or f"out/arithmetic-{args.seed}"
-    paths = weights.stages(DEMO, args, folder, lambda run: train(run, device))
+    recipes = {name: own(recipe) for name, recipe in DEMO.items()}
+    paths = weights.stages(recipes, args, folder, lambda run: train(run, device))
     print("\npython eval.py --reward {reward} --base {new} --tuned {tuned} --ref {old}".format(**paths))
 
 
 def start(args, device):
     """(policy to train, frozen base or None, tokenizer, end token's id), on the device."""
     with weights.alone():
-        if args.base:
+        if args.base is not None:
             base = weights.load(args.base, "base", text=True, dtype=prt.frozen_dtype(device))
             policy = weights.load(args.reward_init or args.base, text=True)
             tokenizer = weights.same_vocabulary({args.base: base, args.reward_init or "the reward": policy})
@@ -101,6 +106,9 @@ def train(args, device):
         data = text.blocks(examples, tokenizer, end, args.length)
     else:
         data = text.encode(examples, tokenizer, end, args.length, args.drop)
+    longest, room = max(map(len, data.ids)) - 1, min(m.arch["positions"] for m in (policy, base or policy))
+    if longest > room:
+        raise ValueError(f"an example has {longest} tokens, the model {room} positions: lower --length")
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world > 1:
         for model in filter(None, (policy, base)):
@@ -123,11 +131,12 @@ def train(args, device):
             save=lambda done: weights.save(args.out, header | done), **prt.options(args))
 
     with contextlib.suppress(FileNotFoundError):  # there may be no test split
-        test = text.encode(text.load(args.data, "test")[1], tokenizer, end, args.length)
+        test = text.encode(text.load(args.data, "test")[1], tokenizer, end, room)
         tested = [text.collate(test, i, device) for i in torch.arange(len(test.ids)).split(32)]
         rows = {args.out: (policy, [])}
         if base:  # fine-tuning's reward is policy - base, so that the sum is the policy
-            rows = {args.base: (base, []), args.out: (base, [(1.0, policy), (-1.0, base)][:1 + (args.method == "ft")])}
+            rewards = [(1.0, policy)] + [(-1.0, base)] * (args.method == "ft")
+            rows = {args.base: (base, []), args.out: (base, rewards)}
         for name, (model, rewards) in rows.items():
             print(f"{name}: " + "NLL {nll:.3f} per token, {accuracy:.2%} of the tokens".format(
                 **prt.score(model, rewards, tested)))

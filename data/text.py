@@ -5,10 +5,10 @@ behind each of them. `load` reads examples, `encode` makes Tokens of them, `coll
 """
 import functools
 import gzip
-import itertools
 import json
 import random
 import re
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,8 @@ def load(source, split):
     elif path.is_dir():
         found = sorted(path.glob(f"{split}.*"))
         if len(found) != 1:
-            raise ValueError(f"--data {source}: holds {len(found)} files named {split}.*, not one")
+            kind = ValueError if found else FileNotFoundError
+            raise kind(f"--data {source}: holds {len(found)} files named {split}.*, not one")
         path = found[0]
     elif not path.exists():
         raise ValueError(f"--data {source}: unknown. There are arithmetic, gsm8k, .jsonl, .parquet and .txt "
@@ -52,18 +53,22 @@ def load(source, split):
     elif split == "test":
         raise FileNotFoundError(f"--data {source}: a file has no test split, a folder of train.*, test.* has")
     if path.suffix == ".txt":
-        return "{}", [(str(path), [(read_text(path), True)])]
+        try:
+            return "{}", [(str(path), [(read(path).decode(), True)])]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: {error}") from None
     examples = [(place, *segments(place, row)) for place, row in rows(path)]
     if not examples:
         raise ValueError(f"{path}: holds no example")
     return examples[0][1], [(place, parts) for place, _, parts in examples]
 
 
-def read_text(path):
+def read(path):
+    """The bytes of a file, .gz or not."""
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
-            return f.read()
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -76,17 +81,19 @@ def rows(path):
             raise ValueError(f"{path}: parquet needs pyarrow: pip install pyarrow") from None
         try:
             table = pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{path}: {error}") from None
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
         yield from ((f"{path} row {i + 1}", row) for i, row in enumerate(table))
         return
-    for i, line in enumerate(read_text(path).split("\n")):
+    for i, line in enumerate(read(path).split(b"\n")):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {i + 1}: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} line {i + 1}: {line!r:.60} is no JSON object")
         yield f"{path} line {i + 1}", row
 
 
@@ -101,7 +108,9 @@ def segments(place, row):
                     parts += [("<|assistant|>\n", False), (content, True), ("\n", False)]
                 else:
                     parts.append((f"<|{role}|>\n" + content + "\n", False))
-            template, parts = TULU, parts[:-1] if parts[-1:] == [("\n", False)] else parts
+            while parts and not parts[-1][1]:  # what follows the last answer teaches nothing
+                parts.pop()
+            template = TULU
         elif "question" in row:  # GSM8K, without the calculator's <<7-3=4>>
             answer = re.sub(r"<<[^>]*>>", "", row["answer"])
             template, parts = GSM8K, [(GSM8K.replace("{}", row["question"]), False), (" " + answer, True)]
@@ -146,16 +155,19 @@ def encode(examples, tokenizer, end, length, drop=False):
 
 def blocks(examples, tokenizer, end, length):
     """Texts for pretraining, one behind the other with the end token between them, in blocks of `length`."""
-    ids = [i for _, parts in examples for text, _ in parts for i in [*tokenizer.encode(text), end]]
+    ids = []
+    for _, parts in examples:
+        ids += [i for text, _ in parts for i in tokenizer.encode(text)] + [end]
     ids = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-    if not len(ids):
-        raise ValueError(f"the text is shorter than --length {length}")
+    if length < 2 or not len(ids):
+        raise ValueError(f"--length {length}: at least 2, and at most the text's length")
     return Tokens(list(ids), list(torch.ones_like(ids, dtype=torch.bool)))
 
 
 def batches(lengths, batch, steps, seed, pool=50):
     """step -> indices [batch] of examples of similar lengths, each as often as in prt.shuffled's order."""
     lengths = torch.tensor(lengths)
+    pool = max(1, min(pool, len(lengths) // batch))  # so that few batches hold an example twice
 
     @functools.lru_cache(maxsize=1)
     def pooled(start):

@@ -107,8 +107,9 @@ def split_pattern(d):
         return GPT2_PATTERN
     split, = splits if len(splits) == 1 else [{}]
     if level.get("use_regex", True) or split.get("behavior") != "Isolated" or split.get("invert"):
-        raise ValueError(f"pre_tokenizer {json.dumps(splits)}, not one isolated Split")
-    return split["pattern"]["Regex"]
+        raise ValueError(f"not one isolated Split before ByteLevel: {json.dumps(splits)}")
+    pattern = split["pattern"]["Regex"]
+    return f"{pattern}|(?:(?!{pattern})(?s:.))+"  # what it leaves out, tiktoken would drop: a word too
 
 
 def mergeable(model, added):
@@ -127,4 +128,7 @@ def mergeable(model, added):
     # A word that no merge makes is only found where the vocabulary is asked before the merges (Llama 3).
     kept = {t: i for t, i in vocab.items() if t not in added and (i in made or model.get("ignore_merges"))}
     special = added | {t: i for t, i in vocab.items() if t not in kept}
+    ids = [*kept.values(), *special.values()]
+    if len(set(ids)) < len(ids) or not all(0 <= i < 1 << 24 for i in ids):
+        raise ValueError("two tokens have one id, or an id is negative or beyond 16,777,215")
     return {bytes(letters[c] for c in t): i for t, i in kept.items()}, special

@@ -87,7 +87,8 @@ def unfinished(args):
     begun = state.get("args", {})
     for k, v in settings(args).items():
         if begun.get(k) != v:
-            raise ValueError(f"--resume: {path} was begun with --{k} {begun.get(k)}, not {v}")
+            flag = k.replace("_", "-")
+            raise ValueError(f"--resume: {path} was begun with --{flag} {begun.get(k)}, not {v}")
     return state
 
 
@@ -263,7 +264,10 @@ def gpt_architecture(config):
                          + ", ".join(f"{k} {config[k]}" for k in odd))
     arch = {ours: next((config[k] for k in theirs.split() if config.get(k) is not None), None)
             for ours, theirs in GPT_KEYS.items()}
-    gpt2, end = config["model_type"] == "gpt2", arch["end"]
+    optional = ("end", "head_width", "kv_heads", "mlp", "tied")
+    if missing := [GPT_KEYS[k] for k, v in arch.items() if v is None and k not in optional]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    gpt2, end = arch["family"] == "gpt2", arch["end"]
     defaults = dict(kv_heads=arch["heads"], head_width=arch["width"] // arch["heads"],
                     mlp=4 * arch["width"], tied=gpt2)
     arch |= {k: v for k, v in defaults.items() if arch[k] is None}
@@ -295,10 +299,11 @@ def gpt_tensors(tensors, arch):
 
 
 def same_vocabulary(models):
-    """The tokenizer that GPTs share; models: name -> GPT. Where their output matrices differ by padded rows,
-    they are cut to the tokenizer's size. Raises ValueError where the tokenizers differ.
+    """The tokenizer that GPTs share, to whose size padded output matrices are cut; models: name -> GPT.
+
+    Raises ValueError where the tokenizers differ, or one has more tokens than a matrix rows.
     """
-    tokenizers = {name: Tokenizer(model.info["tokenizer"], name) for name, model in models.items()}
+    tokenizers = {name: Tokenizer(model.info.get("tokenizer"), name) for name, model in models.items()}
     (first, one), *others = tokenizers.items()
     for name, other in others:
         if other.hash != one.hash:
@@ -308,7 +313,7 @@ def same_vocabulary(models):
     rows = {name: model.size for name, model in models.items()}
     if min(rows.values()) < size:
         raise ValueError(f"the tokenizer has {size} tokens, but the output matrices have rows: {rows}")
-    if len(set(rows.values())) > 1:
+    if set(rows.values()) != {size}:
         print(f"the output matrices have {rows} rows: cut to the tokenizer's {size}")
         for model in models.values():
             model.size = size
@@ -321,6 +326,10 @@ def build(model_class, arch, tensors, info, dtype=torch.float32, *inputs):
     layers = arch["layers"] if isinstance(arch["layers"], list) else [arch["layers"]]
     if max(layers) > len(tensors):  # else a damaged number builds modules for hours
         raise ValueError(f"{layers} layers in {len(tensors)} tensors")
+    if model_class is GPT:  # its RoPE table is made at once
+        heads, rows = arch["heads"] * arch["head_width"], len(tensors["layers.0.self_attn.q_proj.weight"])
+        if heads != rows:
+            raise ValueError(f"{arch['heads']} heads of {arch['head_width']}, but q_proj has {rows} rows")
     with torch.device("meta"):
         model = model_class(arch, *inputs)
     for name, x in tensors.items():
@@ -361,7 +370,8 @@ def load(source, role=None, text=None, dtype=torch.float32):
     file = path
     try:
         if not path.is_file():
-            file = fetch("open_clip_config.json", "config.json")
+            known = {True: ("config.json",), False: ("open_clip_config.json",)}
+            file = fetch(*known.get(text, ("open_clip_config.json", "config.json")))
             config = json.loads(file.read_text())
         if file.name == "config.json":
             model = gpt_from(fetch, config, dtype)

@@ -512,10 +512,12 @@ def test_roles_and_worlds(tiny, tmp_path):
             (paths["ft"], "prt", None, "tuned.pt is a fine-tuned model for text; a reward for text is"),
             (paths["base"], "base", False, "base.pt is a base for text; a base for images is"),
             (FIXTURES / "llama3", "prt", None, "llama3 is a base for text; a reward for text is"),
-            (FIXTURES / "openclip_vit", "base", True, "openclip_vit is a base for images; a base for text"),
             (tiny.reward, None, True, "reward.pt is a reward for images; a reward for text is")):
         with pytest.raises(ValueError, match=words):
             weights.load(path, role, text=text)
+    for name, text in dict(openclip_vit=True, llama3=False).items():  # a folder of the other world's layout
+        with pytest.raises((ValueError, OSError), match=f"{name}.*config.json"):
+            weights.load(FIXTURES / name, text=text)
 
 
 @pytest.mark.parametrize("change", [dict(arch=None), dict(arch={}), dict(model={}), dict(model=None),
@@ -541,9 +543,9 @@ def test_equal_tokenizers(capsys):
     tokenizer = weights.same_vocabulary(models)
     assert tokenizer.size == 1503 and tokenizer.hash == Tokenizer(TOKENIZERS["llama3"], "").hash
     assert [m.size for m in models.values()] == [1503, 1503] and not capsys.readouterr().out
-    padded = dict(a=small(1536), b=small(1536))  # equal: nothing is cut
+    padded = dict(a=small(1536), b=small(1536))  # no id that decodes to nothing may be chosen
     weights.same_vocabulary(padded)
-    assert [m.size for m in padded.values()] == [1536, 1536]
+    assert [m.size for m in padded.values()] == [1503, 1503] and "1536" in capsys.readouterr().out
 
 
 def test_different_tokenizers():
@@ -836,6 +838,16 @@ def test_processor_grows(models):
     for n in (1, 60, 66, 67, 68, 150, 200):
         scores = scores_for(ids[:, :n])
         assert error(processor(ids[:, :n], scores), whole(models.tuned, ids[:, :n], scores)) < 1e-4
+
+
+def test_processor_of_ids_in_one_buffer(models):
+    """A decoder that writes into the ids it has passed: what the reward has seen must not change with them.
+    """
+    processor, ids = prt.RewardProcessor(models.tuned), random_ids(2, 8)
+    scores = scores_for(ids)
+    processor(ids[:, :6], scores)
+    ids[:, 3] += 1
+    assert error(processor(ids, scores), whole(models.tuned, ids, scores)) < 1e-4
 
 
 def test_processor_with_padding(models, asked):

@@ -212,7 +212,10 @@ except SystemExit as stop:
 def test_two_processes_equal_one(call, here):
     """Sharded weights that are saved in parts, gradients averaged over processes instead of over targets; an
     unfinished run of two processes that one process cannot go on with."""
-    common = (*TUNE, "--steps", "12", "--warmup", "2", "--recompute", "--chunk", "7")
+    rows = [dict(prompt=" 3 +" * (20 - n), response=f" {n} x" * n) for n in [1, 19] * 12]  # of equal lengths
+    (here / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = (*TUNE, "--data", "uneven.jsonl", "--steps", "12", "--warmup", "2", "--recompute",
+              "--chunk", "7")
     assert run(*common, "--accum", "2", "--out", "one.pt") == 0
     (here / "twice.py").write_text(TWICE)
     call("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(here / "twice.py"),
@@ -565,7 +568,7 @@ def small_tokenizer():
 
 
 @pytest.fixture
-def paths(here, tiny, tmp_path, monkeypatch):
+def paths(here, tiny, tmp_path):
     """The names that the command lines above use."""
     out = tmp_path / "out"
     (out / "demo").mkdir(parents=True)

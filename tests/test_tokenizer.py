@@ -7,7 +7,7 @@ import pytest
 from conftest import FIXTURES, ROOT
 
 from models import weights
-from models.tokenizer import GPT2_PATTERN, Tokenizer, byte_alphabet
+from models.tokenizer import Tokenizer, byte_alphabet
 
 LETTERS = list(byte_alphabet())
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "hello")]
@@ -101,10 +101,12 @@ def test_special_tokens_in_a_text_are_text():
     assert tokenizer.decode([*tokenizer.encode("hello"), end]) == "hello<|end|>"
 
 
-def test_a_special_token_that_is_in_the_vocabulary_too():
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_a_special_token_that_is_in_the_vocabulary_too(ignore_merges):
     """GPT-2 and Falcon3 list special tokens among the words: they must not become mergeable."""
     d = small()
-    d["model"]["vocab"]["<|end|>"] = d["added_tokens"][0]["id"]
+    d["model"]["vocab"]["<|end|>"] = 256 + len(MERGES)
+    d["model"]["ignore_merges"] = ignore_merges
     tokenizer = make(d)
     assert tokenizer.size == 256 + len(MERGES) + 1 and tokenizer.size - 1 not in tokenizer.encode("<|end|>")
     assert tokenizer.hash == make(small()).hash
@@ -209,9 +211,10 @@ REFUSED = {
     "two splits": (two_splits, "not one isolated Split"),
     "split and GPT-2's own pattern": (change(*LEVEL, use_regex=True), "not one isolated Split"),
     "split that removes": (change(*SPLIT, behavior="Removed"), "not one isolated Split"),
+    "no split": (change(pre_tokenizer=dict(type="ByteLevel", use_regex=False)), "not one isolated Split"),
     "inverted split": (change(*SPLIT, invert=True), "not one isolated Split"),
     "a prefix space": (change(*LEVEL, add_prefix_space=True), "prefix space"),
-    "no regular expression": (change(*SPLIT, pattern=dict(Regex="(")), "parenthesis"),
+    "no regular expression": (change(*SPLIT, pattern=dict(Regex="(")), "tiktoken"),
     "unknown begin token": (change(post_processor=dict(single=[dict(SpecialToken=dict(id="<s>"))])), "<s>"),
     "merge of no token": (lambda d: d["model"]["merges"].append(["zz", "zz"]), "zzzz"),
     "merge of three": (lambda d: d["model"]["merges"].append("a b c"), ""),
@@ -287,5 +290,3 @@ def test_hash():
     others = [ranks, small(MERGES[:4]), small([*MERGES, ("a", "b")]), small(pre_tokenizer=pattern),
               small(normalizer=dict(type="NFC"))]
     assert len({first, *(make(other).hash for other in others)}) == 1 + len(others)
-    split["pattern"]["Regex"] = GPT2_PATTERN  # GPT-2's pattern, spelt out
-    assert make(small(pre_tokenizer=pattern)).hash == first
