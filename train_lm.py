@@ -30,7 +30,8 @@ SCRATCH = dict(method="pretrain", size="new", steps=1000, batch=64, lr=3e-3, wei
 TUNE = dict(PAPER, data="arithmetic", steps=900, batch=64, lr=3e-3, weight_decay=1.0, accum=1)
 DEMO = dict(old=dict(SCRATCH, data="arithmetic-old", size="old", steps=500),
             new=dict(SCRATCH, data="arithmetic-new"), reward=dict(TUNE, base="old"),
-            tuned=dict(TUNE, base="old", method="ft"))
+            tuned=dict(TUNE, base="old", method="ft"),
+            oracle=dict(TUNE, base="new", method="ft", steps=300, lr=1e-3, weight_decay=0.0))
 OLD = dict(family="llama", width=64, layers=2, heads=4, kv_heads=4, head_width=16, mlp=168, positions=256,
            eps=1e-5, tied=False, rope=dict(theta=10000.0))
 SIZES = dict(old=OLD, new=OLD | dict(width=96, layers=3, head_width=24, mlp=256))
@@ -66,7 +67,8 @@ def main():
     folder = args.out or f"out/arithmetic-{args.seed}"
     recipes = {name: own(recipe) for name, recipe in DEMO.items()}
     paths = weights.stages(recipes, args, folder, lambda run: train(run, device))
-    print("\npython eval.py --reward {reward} --base {new} --tuned {tuned} --ref {old}".format(**paths))
+    print("\npython eval.py --reward {reward} --base {new} --tuned {tuned} --ref {old} "
+          "--oracle {oracle}".format(**paths))
 
 
 def start(args, device):

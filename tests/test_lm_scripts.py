@@ -109,7 +109,7 @@ def padded(source, name, rows):
 # The default run
 
 def test_from_nothing_to_the_table(call, monkeypatch, capsys):
-    """No arguments but the sizes: four checkpoints, the line that runs eval, the table, the JSON; a second
+    """No arguments but the sizes: five checkpoints, the line that runs eval, the table, the JSON; a second
     run keeps what is there."""
     command = call.printed.splitlines()[-1]
     assert command.startswith(f"python eval.py --reward {REWARD} --base {NEW} --tuned {TUNED} --ref {OLD}")
@@ -119,7 +119,8 @@ def test_from_nothing_to_the_table(call, monkeypatch, capsys):
     rows = found.pop("rows")
     assert [(row["method"], row["beta"]) for row in rows] == [
         ("base alone", None), ("base + reward (PRT)", 0.5), ("base + reward (PRT)", 1),
-        ("source alone", None), ("source + reward", 1), ("source fine-tuned", None), ("base + EFT", None)]
+        ("source alone", None), ("source + reward", 1), ("source fine-tuned", None), ("base + EFT", None),
+        ("base fine-tuned", None)]
     assert found["examples"] == 8 and found["base"] == NEW and found["rewards"] == [REWARD]
     for row in rows:
         assert row["nll"] > 0 and row["speed"] > 0 and row["mib"] > 0
@@ -137,7 +138,7 @@ def test_from_nothing_to_the_table(call, monkeypatch, capsys):
     capsys.readouterr()
     assert run("train_lm.py", "--steps", "3", "--batch", "8") == 0
     again = capsys.readouterr().out
-    assert again.count("is kept") == 4 and "loss" not in again and again.splitlines()[-1] == command
+    assert again.count("is kept") == 5 and "loss" not in again and again.splitlines()[-1] == command
     assert [path.read_bytes() for path in paths] == before
 
 
