@@ -170,8 +170,8 @@ def language(args, device, models, rows):
         longest = max(map(len, prompts))
         length = args.new_tokens or max(1, min(256, room - longest))
         if longest + length > room:
-            raise ValueError(f"a prompt of {longest} tokens and an answer of {length} (--new-tokens) are more "
-                             f"than the {room} positions of these models")
+            raise ValueError(f"a prompt of {longest} tokens and an answer of {length} (--new-tokens) are "
+                             f"more than the {room} positions of these models")
         if not all(prompts):
             raise ValueError(f"{name}: holds an empty prompt, to which there is no answer")
         generator = torch.Generator(device).manual_seed(args.seed)
