@@ -76,8 +76,9 @@ def start(args, device):
     with weights.alone():
         if args.base is not None:
             base = weights.load(args.base, "base", text=True, dtype=prt.frozen_dtype(device))
-            policy = weights.load(args.reward_init or args.base, text=True)
-            tokenizer = weights.same_vocabulary({args.base: base, args.reward_init or "the reward": policy})
+            init = args.reward_init or args.base
+            policy = weights.load(init, text=True)
+            tokenizer = weights.same_vocabulary({f"--base {args.base}": base, f"reward of {init}": policy})
         else:
             tokenizer, base = Tokenizer(TOKENIZER.read_text(), str(TOKENIZER)), None
             policy = GPT(SIZES[args.size] | dict(vocab=tokenizer.size, end=tokenizer.size - 1)).eval()
