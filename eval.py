@@ -151,7 +151,7 @@ def vision(args, device, models, rows):
                        kl=prt.kl(log_probs, logits(own_base)).mean().item(),
                        ms=1000 * seconds / min(args.batch, len(data.labels)))
         answers.append(log_probs.argmax(-1))
-    table(args, device, rows, dict(data=name, images=len(data.labels), batch=args.batch))
+    table(args, device, rows, dict(data=name, images=len(data.labels)))
     if args.picture:
         with weights.atomic(args.picture) as f:
             picture(data, *answers[:2]).save(f, "PNG")
@@ -223,7 +223,7 @@ def language(args, device, models, rows):
         rows[i] = dict(method=label, beta=beta, form=form, exact=exact, **prt.score(own_base, moved, batches),
                        error=math.sqrt(exact * (1 - exact) / len(found)), mib=mib,
                        speed=sum(len(answer) + 1 for answer in answers[0]) / seconds)
-    table(args, device, rows, dict(data=name, examples=len(examples), batch=args.batch))
+    table(args, device, rows, dict(data=name, examples=len(examples)))
 
 
 def same_classes(name, classes, other, other_classes):
@@ -318,7 +318,7 @@ def memory(device, key):
 def table(args, device, rows, about):
     """Prints the rows, and writes them to --json."""
     cuda = device.type == "cuda"
-    about |= dict(base=args.base, device=torch.cuda.get_device_name() if cuda else
+    about |= dict(base=args.base, batch=args.batch, device=torch.cuda.get_device_name() if cuda else
                   f"CPU ({torch.get_num_threads()} threads)", dtype="bfloat16" if cuda else "float32",
                   torch=torch.__version__)
     print("\n" + ", ".join(f"{k} {v}" for k, v in about.items()))
