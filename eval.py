@@ -143,9 +143,8 @@ def vision(args, device, models, rows):
 
     answers = []
     for i, (label, beta, own_base, base, rewards) in enumerate(rows):
-        r = sum(weight * logits(m) for weight, m in rewards)
-        log_probs = prt.tilt(logits(base), r if rewards else torch.zeros(1).expand_as(logits(base)))
-        seconds, mib = cost(base, *(m for _, m in rewards))
+        log_probs = prt.mixture(base, rewards, logits)
+        seconds, mib, _ = cost(base, *(m for _, m in rewards))
         rows[i] = dict(method=label, beta=beta, top1=prt.accuracy(log_probs, data.labels),
                        nll=F.nll_loss(log_probs, data.labels).item(), mib=mib,
                        kl=prt.kl(log_probs, logits(own_base)).mean().item(),
@@ -199,8 +198,9 @@ def language(args, device, models, rows):
             print(f"{label}:{coloured(*rows[1][3:], prompt, answer, tokenizer, device)}\n")
         return
     path = Path(name)
-    docs = [row for _, row in text.rows(path)] if path.is_file() and path.suffix == ".jsonl" else []
-    if docs and "instruction_id_list" in docs[0]:
+    first = next(text.rows(path), ("", {}))[1] if path.is_file() and path.suffix == ".jsonl" else {}
+    if "instruction_id_list" in first:
+        docs = [row for _, row in text.rows(path)]
         if lost := [i + 1 for i, doc in enumerate(docs) if not isinstance(doc.get("prompt"), str)]:
             raise ValueError(f"{path}: row {lost[0]} has no prompt")
         prompts = [asked(doc["prompt"]) for doc in docs[: args.limit]]
@@ -213,16 +213,15 @@ def language(args, device, models, rows):
     order = torch.tensor([len(ids) for ids in data.ids]).argsort()
     batches = [text.collate(data, i, device) for i in order.split(args.batch)]
     for i, (label, beta, own_base, base, rewards) in enumerate(rows):
-        answers = []
-        seconds, mib = measure([base, *(m for _, m in rewards)],
-                               lambda: answers.append(respond(base, rewards, prompts)), device, repeats=0)
-        found = [number(tokenizer.decode(answer)) for answer in answers[0]]
+        seconds, mib, answers = measure([base, *(m for _, m in rewards)],
+                                        lambda: respond(base, rewards, prompts), device, repeats=0)
+        found = [number(tokenizer.decode(answer)) for answer in answers]
         form = sum(x is not None for x in found) / len(found)
         exact = sum(x is not None and x == y for x, y in zip(found, truth)) / len(found)
         moved = rewards if base is own_base else [(1.0, base), (-1.0, own_base)]  # the same, for its KL
         rows[i] = dict(method=label, beta=beta, form=form, exact=exact, **prt.score(own_base, moved, batches),
                        error=math.sqrt(exact * (1 - exact) / len(found)), mib=mib,
-                       speed=sum(len(answer) + 1 for answer in answers[0]) / seconds)
+                       speed=sum(len(answer) + 1 for answer in answers) / seconds)
     table(args, device, rows, dict(data=name, examples=len(examples)))
 
 
@@ -243,12 +242,12 @@ def number(answer):
 def coloured(base, rewards, prompt, answer, tokenizer, device):
     """The answer's text, a token the redder, the farther the rewards move it (KL of tilted from base)."""
     ids = torch.tensor([prompt + answer], device=device)
-    base_logits, *others = (policy.head(policy.features(ids)[0, len(prompt) - 1:-1]).float()
-                            for policy in (base, *(policy for _, policy in rewards)))
-    r = sum(weight * x for (weight, _), x in zip(rewards, others))
+    logits = {policy: policy.head(policy.features(ids)[0, len(prompt) - 1:-1])
+              for _, policy in [(1, base), *rewards]}
+    kls = prt.kl(prt.mixture(base, rewards, logits.get), logits[base]).tolist()
     plain = "NO_COLOR" in os.environ or not sys.stdout.isatty()
     out, held, moved = "", b"", 0.0
-    for token, kl in zip(answer, prt.kl(prt.tilt(base_logits, r), base_logits).tolist()):
+    for token, kl in zip(answer, kls):
         held, moved = held + tokenizer.encoding.decode_single_token_bytes(token), max(moved, kl)
         with contextlib.suppress(UnicodeDecodeError):  # a character may need several tokens
             piece = held.decode()
@@ -281,7 +280,7 @@ def ifeval(args, docs, rows, respond):
 
 
 def measure(models, work, device, repeats=5):
-    """(seconds, peak MiB) of work() with these models, the device synchronised.
+    """(seconds, peak MiB, result) of work() with these models, the device synchronised.
 
     With repeats the first call does not count, and the median of the others does. The memory is that of the
     models' weights plus what the work adds at its peak.
@@ -297,12 +296,12 @@ def measure(models, work, device, repeats=5):
                 ctypes.CDLL(None).malloc_trim(0)  # pages that are free already would hide the next peak
                 (PROC / "clear_refs").write_text("5")  # Linux: the peak of the resident set starts again
         before, start = memory(device, "VmRSS"), time.perf_counter()
-        work()
+        result = work()
         if device.type == "cuda":
             torch.cuda.synchronize()
         clock.append(time.perf_counter() - start)
         extra = max(extra, memory(device, "VmHWM") - before)
-    return statistics.median(clock[1:] or clock), size / 2**20 + extra
+    return statistics.median(clock[1:] or clock), size / 2**20 + extra, result
 
 
 def memory(device, key):

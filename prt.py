@@ -73,6 +73,16 @@ def prt_loss(base_logits, r, targets, beta=1.0, alpha=0.0, ignore_index=-100):
     return (nll - alpha * (entropy * mask).sum()) / n
 
 
+def mixture(base, rewards, logits):
+    """Log-probabilities, float32 [..., L], of the base tilted by rewards, which are (weight, policy) pairs:
+
+    [] is the base alone, [(beta_train / beta, reward)] PRT, [(1, tuned), (-1, old)] EFT. logits: policy ->
+    its logits [..., L].
+    """
+    scores = sum((weight * logits(policy).float() for weight, policy in rewards), logits(base).float())
+    return F.log_softmax(scores, -1)
+
+
 def same_labels(name, logits, other, other_logits):
     a, b = logits.shape[-1], other_logits.shape[-1]
     if a != b:
@@ -257,21 +267,20 @@ def report(bar, name, row, steps, seconds):
 def generate(base, rewards, ids, *, length, end=None, pad=None, temperature=0.0, top_p=1.0, generator=None):
     """Algorithm 2, token by token: continues ids [B, T] by at most `length` tokens, [B, T + new].
 
-    rewards: what is added to the base's log-probabilities, as (weight, policy) pairs: [] is the base alone,
-        [(beta_train / beta, reward)] PRT, [(1, tuned), (-1, old)] EFT.
+    rewards: what is added to the base's log-probabilities, as in `mixture`.
     end: the id that ends a row and fills it from there on. pad [B]: how many places at the left are padding.
     temperature: 0 takes the most likely token, else samples (generator) from the smallest set of tokens that
         has at least top_p of the probability.
 
     A policy has a KV `cache`, `features` and `head`, as models/gpt.py.
     """
-    mixture = [(1.0, base), *rewards]
-    caches = [policy.cache(len(ids), ids.shape[1] + length, pad) for _, policy in mixture]
+    policies = [(1.0, base), *rewards]
+    caches = [policy.cache(len(ids), ids.shape[1] + length, pad) for _, policy in policies]
     done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
     out, new = [ids], ids
     for step in range(length):
         scores = sum(weight * policy.head(policy.features(new, cache)[:, -1]).float()  # [B, L]
-                     for (weight, policy), cache in zip(mixture, caches))
+                     for (weight, policy), cache in zip(policies, caches))
         new = choose(scores, temperature, top_p, generator)
         if end is not None:
             new = torch.where(done, end, new)
@@ -293,7 +302,7 @@ def choose(scores, temperature, top_p, generator=None):
 
 @torch.no_grad()
 def score(base, rewards, batches, chunk=512):
-    """What the base, with rewards as in `generate`, makes of known texts: means over all targets as a dict:
+    """What the base, with rewards as in `mixture`, makes of known texts: means over all targets as a dict:
 
     nll and kl (from the base alone) in nats, accuracy of the likeliest token.
     batches: list of (inputs, targets [N]) as `fit` takes them with `head`.
@@ -301,14 +310,13 @@ def score(base, rewards, batches, chunk=512):
     totals = []
     for inputs, targets in tqdm(batches, desc="score", disable=None, leave=False):
         with torch.autocast("cuda", torch.bfloat16, enabled=targets.is_cuda):
-            features = [policy(*inputs).split(chunk) for policy in (base, *(policy for _, policy in rewards))]
-            for y, x, *others in zip(targets.split(chunk), *features):
-                base_logits = base.head(x).float()
-                r = sum(weight * policy.head(z).float() for (weight, policy), z in zip(rewards, others))
-                log_probs = F.log_softmax(base_logits + r, -1)
+            features = {policy: policy(*inputs).split(chunk) for _, policy in [(1, base), *rewards]}
+            for k, y in enumerate(targets.split(chunk)):
+                logits = {policy: policy.head(parts[k]) for policy, parts in features.items()}
+                log_probs = mixture(base, rewards, logits.get)
                 right = log_probs.argmax(-1) == y
                 totals.append(torch.stack([F.nll_loss(log_probs, y, reduction="sum"), right.sum(),
-                                           kl(log_probs, base_logits).sum()]))
+                                           kl(log_probs, logits[base]).sum()]))
     n = sum(len(targets) for _, targets in batches)
     return dict(zip(("nll", "accuracy", "kl"), (torch.stack(totals).double().sum(0) / n).tolist()))
 

@@ -55,6 +55,7 @@ def parse():
 def main():
     args = parse()
     device = prt.setup(args.device)
+
     def own(recipe):
         """The recipe, less its number of steps where --epochs decides."""
         return {k: v for k, v in recipe.items() if k != "steps" or not args.epochs}

@@ -23,6 +23,7 @@ torch.set_num_threads(1)
 
 import eval as eval_script  # noqa: E402
 import prt  # noqa: E402
+import train_lm  # noqa: E402
 import train_vision  # noqa: E402
 from data import images  # noqa: E402
 from models import weights  # noqa: E402
@@ -120,10 +121,11 @@ def write_webdataset(root, colours=COLOURS):
 
 def call(script, *argv):
     """Runs a script's main() in this process as its command line would; returns the exit code."""
+    scripts = dict(train=train_vision, train_lm=train_lm, eval=eval_script)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *map(str, argv)])
         try:
-            prt.run({"train": train_vision, "eval": eval_script}[script].main)
+            prt.run(scripts[script.removesuffix(".py")].main)
         except SystemExit as stop:
             return stop.code
     return 0

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, interrupt
+from conftest import call as run
 from test_bad_input import contents, one_line
 
-import eval as eval_script
 import prt
 import train_lm
 from models.gpt import GPT, Block
@@ -60,17 +60,6 @@ def here(call, monkeypatch):
     """That folder as the current one."""
     monkeypatch.chdir(call.folder)
     return call.folder
-
-
-def run(script, *argv):
-    """A script's main() in this process, as its command line would call it; returns the exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *map(str, argv)])
-        try:
-            prt.run({"train_lm.py": train_lm, "eval.py": eval_script}[script].main)
-        except SystemExit as stop:
-            return stop.code
-    return 0
 
 
 def table(*command):
