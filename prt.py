@@ -264,40 +264,137 @@ def report(bar, name, row, steps, seconds):
 
 
 @torch.no_grad()
-def generate(base, rewards, ids, *, length, end=None, pad=None, temperature=0.0, top_p=1.0, generator=None):
-    """Algorithm 2, token by token: continues ids [B, T] by at most `length` tokens, [B, T + new].
+def generate(base, rewards, ids, *, length, end=None, pad=None, temperature=0.0, top_p=1.0, generator=None,
+             speculative=False, compile=False):
+    """Algorithm 2: continues ids [B, T] by `length` tokens, [B, T + length].
 
     rewards: what is added to the base's log-probabilities, as in `mixture`.
     end: the id that ends a row and fills it from there on. pad [B]: how many places at the left are padding.
     temperature: 0 takes the most likely token, else samples (generator) from the smallest set of tokens that
         has at least top_p of the probability.
+    speculative: the first reward drafts tokens with its own distribution, the base and the other rewards
+        answer for all of them in one pass, and `accept` keeps those that the result may keep, so that its
+        distribution stays that of Algorithm 2. Of EFT's rewards the tuned model drafts.
+    compile: torch.compile for the steps after the prompt; with CUDA graphs where there is CUDA.
 
-    A policy has a KV `cache`, `features` and `head`, as models/gpt.py.
+    A policy has a KV `cache`, `features` and `head`, as models/gpt.py. The device is waited for once in eight
+    tokens; with drafts once in each pass of the base.
     """
-    policies = [(1.0, base), *rewards]
-    caches = [policy.cache(len(ids), ids.shape[1] + length, pad) for _, policy in policies]
-    done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
-    out, new = [ids], ids
-    for step in range(length):
-        scores = sum(weight * policy.head(policy.features(new, cache)[:, -1]).float()  # [B, L]
-                     for (weight, policy), cache in zip(policies, caches))
-        new = choose(scores, temperature, top_p, generator)
+    B, T = ids.shape
+    # A few lengths of the cache instead of many, since a compiled step is made for each.
+    room = -(-(T + length) // 128) * 128 if compile else T + length
+    terms = [(weight, policy, policy.cache(B, room, pad)) for weight, policy in [(1.0, base), *rewards]]
+    for _, policy, cache in terms:
+        if cache.length < T + length:
+            raise ValueError(f"{T} tokens and {length} new ones, but a model has room for {cache.length}: ask "
+                             "for fewer (--new-tokens)")
+        if T > 1:
+            policy.features(ids[:, :-1], cache)
+    drafter = terms.pop(1) if speculative and rewards else None
+
+    def run(terms, new, at):
+        """Scores of tokens `new`, at places from `at` on; whatever the caches hold behind `at` is forgotten."""
+        for *_, cache in terms:
+            cache.at = at
+        if not compile:
+            return scores(terms, new)
+        return compiled(ids.device.type)(terms, new, torch.full((1,), at, device=ids.device))
+
+    out, last, at, k = [ids], ids[:, -1:], T, 4  # at: how many tokens are known
+    done = torch.zeros(B, dtype=torch.bool, device=ids.device)
+    while at < T + length:
+        k = min(k, T + length - at - 1) if drafter else 0
+        block, drafted, q = last, [], []
+        for j in range(k + 1 if drafter else 0):
+            weight, policy, cache = drafter
+            logits = run([(1.0, policy, cache)], block[:, j:], at - 1 + j)  # [B, 1, L]
+            drafted.append(weight * logits)
+            if j < k:
+                q.append(probabilities(logits, temperature, top_p))
+                block = torch.cat([block, draw(q[-1], temperature, generator)], 1)  # [B, j + 2]
+        log_p = run(terms, block, at - 1)  # [B, k + 1, L], up to a constant
+        if drafter:
+            p, drafts = probabilities(log_p + torch.cat(drafted, 1), temperature, top_p), block[:, 1:]
+            new = accept(p, q, drafts, done, temperature, generator)  # [B, n + 1]
+            n = new.shape[1] - 1
+            k = min(k + 1, 16) if n == k else max(n, 1)
+        else:
+            new = log_p.argmax(-1) if not temperature else draw(
+                probabilities(log_p, temperature, top_p), temperature, generator)
         if end is not None:
-            new = torch.where(done, end, new)
-            done |= new == end
+            ended = new == end
+            new = new.masked_fill(done[:, None] | (ended.cumsum(1) > ended), end)
+            done |= ended.any(1)
         out.append(new)
-        if step % 8 == 7 and done.all():  # waits for the device, so not in every step
+        last, at = new[:, -1:], at + new.shape[1]
+        if end is not None and (drafter or (at - T) % 8 == 0) and done.all():  # waits for the device
+            out.append(new.new_full((B, T + length - at), end))
             break
     return torch.cat(out, 1)
 
 
-def choose(scores, temperature, top_p, generator=None):
-    """One token [B, 1] of log-probabilities [B, L], up to a constant: the likeliest, or a sample."""
+def scores(terms, ids, at=None):
+    """The sum of weight * logits, float32 [B, T, L], of (weight, policy, cache) terms for new ids [B, T]."""
+    return sum(weight * policy.head(policy.features(ids, cache, at)).float() for weight, policy, cache in terms)
+
+
+@functools.cache
+def compiled(device_type):
+    """`scores` with all its models in one graph: on CUDA a CUDA graph."""
+    torch._dynamo.config.recompile_limit = 64  # each set of models and each shape is compiled once
+    return torch.compile(scores, mode="reduce-overhead" if device_type == "cuda" else None)
+
+
+def probabilities(logits, temperature, top_p):
+    """The distribution [..., L] to sample from: softmax, of which the likeliest share of top_p is kept.
+
+    At temperature 0 it is 1 at the likeliest token.
+    """
     if not temperature:
-        return scores.argmax(-1, keepdim=True)
-    p, order = (scores / temperature).softmax(-1).sort(-1, descending=True)
-    p = p * (p.cumsum(-1) - p < top_p)  # those before it have less than top_p
-    return order.gather(-1, torch.multinomial(p, 1, generator=generator))
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    p = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        likeliest, order = p.sort(-1, descending=True)
+        likeliest = likeliest * (likeliest.cumsum(-1) - likeliest < top_p)  # those before it have less
+        p = torch.zeros_like(p).scatter_(-1, order, likeliest)
+        p = p / p.sum(-1, keepdim=True)
+    return p
+
+
+def draw(p, temperature, generator=None):
+    """A sample [...] of p [..., L], which need not sum to 1. Unlike torch.multinomial it waits for no device:
+
+    of exponentials with the rates p, the i-th is the first to come with probability p_i.
+    """
+    if temperature:
+        times = torch.empty_like(p).exponential_(generator=generator)
+        p = p / times.clamp(min=torch.finfo(p.dtype).tiny)
+    return p.argmax(-1)
+
+
+def accept(p, q, drafts, done, temperature, generator=None):
+    """Speculative sampling (Leviathan et al. 2023, Algorithm 1; Chen et al. 2023): tokens [B, n + 1] of p.
+
+    p [B, k + 1, L]: the distributions wanted after 0..k drafts. q: list of the k distributions [B, 1, L] that
+    the drafts [B, k] come from. done [B]: rows whose tokens do not matter.
+
+    A draft y is kept with probability min(1, p(y) / q(y)). The first one that is not gives way to a sample
+    of max(p - q, 0), normalised, and those behind it are dropped; behind k kept drafts comes a sample of p.
+    All rows take the same number of tokens, the least that any row has, so that their caches stay aligned:
+    where a row stops does not depend on the tokens that it drops. Waits for the device.
+    """
+    k = drafts.shape[1]
+    q = torch.cat([*q, torch.zeros_like(p[:, :1])], 1)  # [B, k + 1, L]: behind the drafts, nothing to take off
+    p_y, q_y = (x[:, :k].gather(-1, drafts[..., None])[..., 0] for x in (p, q))  # [B, k]
+    u = torch.rand(drafts.shape, device=p.device, generator=generator)
+    kept = (u * q_y < p_y).long().cumprod(1).sum(1)  # [B]
+    n = int(kept.masked_fill(done, k).min())
+    rest = (p[:, n] - q[:, n]).clamp(min=0)  # [B, L]
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[:, n])  # p = q, but for rounding
+    token = draw(rest, temperature, generator)  # [B]
+    if n < k:
+        token = torch.where(kept > n, drafts[:, n], token)
+    return torch.cat([drafts[:, :n], token[:, None]], 1)
 
 
 @torch.no_grad()

@@ -15,14 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Cache:
-    """Keys and values of all layers, allocated once. `at` places are filled; a smaller `at` rolls back.
+    """A (keys, values) pair for each layer, allocated once. `at` places are filled; a smaller `at` rolls back.
 
     pad [B]: how many places at the left of each row are padding, at which no other place looks. None: none.
     """
 
     def __init__(self, arch, batch, length, device, dtype, pad=None):
-        shape = (arch["layers"], 2, batch, arch["kv_heads"], length, arch["head_width"])
-        self.kv = torch.empty(shape, device=device, dtype=dtype)
+        shape = batch, arch["kv_heads"], length, arch["head_width"]
+        # Zeros, since a compiled step multiplies what it masks by 0, and 0 times what memory held may be nan.
+        self.kv = [[torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"] for _ in range(arch["layers"])]
         self.at, self.length, self.pad = 0, length, pad
 
 
@@ -54,17 +55,17 @@ class Attention(nn.Module):
         self.k_proj, self.v_proj = (nn.Linear(arch["width"], kv, bias=bias) for _ in "kv")
         self.o_proj = nn.Linear(inner, arch["width"], bias=arch["family"] == "gpt2")
 
-    def forward(self, x, rope, mask, kv, at):
-        T = x.shape[1]
+    def forward(self, x, rope, mask, kv, where, end):
         q, k, v = (f(x).unflatten(-1, (n, -1)).transpose(1, 2)  # [B, H, T, D/H]
                    for f, n in ((self.q_proj, self.heads), (self.k_proj, self.kv_heads),
                                 (self.v_proj, self.kv_heads)))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if kv is not None:
-            kv[0, :, :, at:at + T], kv[1, :, :, at:at + T] = k, v
-            k, v = kv[:, :, :, :at + T].to(q.dtype)  # [B, H_kv, at + T, D/H]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+            for new, old in zip((k, v), kv):
+                old[:, :, where] = new
+            k, v = (old[:, :, :end].to(q.dtype) for old in kv)  # [B, H_kv, end, D/H]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1,
                                            enable_gqa=self.heads != self.kv_heads)
         return self.o_proj(x.transpose(1, 2).flatten(2))  # [B, T, D]
 
@@ -93,8 +94,8 @@ class Block(nn.Module):
         self.input_layernorm, self.self_attn = norm(arch), Attention(arch)
         self.post_attention_layernorm, self.mlp = norm(arch), MLP(arch)
 
-    def forward(self, x, rope, mask, kv, at):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, kv, at)
+    def forward(self, x, *how):
+        x = x + self.self_attn(self.input_layernorm(x), *how)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -117,25 +118,34 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 if "embed" in name else (depth * p.shape[1]) ** -0.5)
 
     def cache(self, batch, length, pad=None):
+        """For `length` places, or fewer, where the model has fewer positions."""
         weight = self.embed_tokens.weight
-        return Cache(self.arch, batch, length, weight.device, weight.dtype, pad)
+        return Cache(self.arch, batch, min(length, self.arch["positions"]), weight.device, weight.dtype, pad)
 
-    def features(self, ids, cache=None):
+    def features(self, ids, cache=None, at=None):
         """Token ids [B, T], behind those in the cache -> what the output matrix reads, [B, T, D].
 
+        at [1]: the place of the first of them, where it is a tensor and not cache.at, which then stays as it
+            is: one compiled step serves all places, since it attends to the whole cache and masks.
         Raises ValueError where they are more than the model has positions, or the cache places.
         """
-        at, T = cache.at if cache else 0, ids.shape[1]
-        room = min(self.arch["positions"], cache.length if cache else math.inf)
-        if at + T > room:
-            raise ValueError(f"{at + T} tokens, but this model has room for {room} (--length, --new-tokens)")
-        places = torch.arange(at, at + T, device=ids.device)
-        pad, positions, mask, rope = cache.pad if cache else None, places, None, None
+        T = ids.shape[1]
+        if at is None:
+            start = cache.at if cache else 0
+            end, room = start + T, cache.length if cache else self.arch["positions"]
+            if end > room:
+                raise ValueError(f"{end} tokens, but this model has room for {room} (--length, --new-tokens)")
+            places, where = torch.arange(start, end, device=ids.device), slice(start, end)
+        else:
+            places = where = at + torch.arange(T, device=ids.device)
+            start, end = None, cache.length
+        pad = cache.pad if cache else None
+        positions, mask, rope = places, None, None
         if pad is not None:
             positions = (places - pad[:, None]).clamp(min=0)  # [B, T]
-        if pad is not None or at and T > 1:  # else causal from the first place on, or one token that sees all
-            keys = torch.arange(at + T, device=ids.device)
-            mask = keys <= places[:, None]  # [T, at + T]
+        if pad is not None or start is None or start and T > 1:  # else all that is there may be seen, causally
+            keys = torch.arange(end, device=ids.device)
+            mask = keys <= places[:, None]  # [T, end]
             if pad is not None:  # padding sees itself alone: a row without any key would be nan
                 mask = (mask & ((keys >= pad[:, None, None]) | (keys == places[:, None])))[:, None]
         x = self.embed_tokens(ids)
@@ -146,10 +156,10 @@ class GPT(nn.Module):
             angles = angles if pad is None else angles[:, None]
             rope = angles.cos(), angles.sin()
         for i, layer in enumerate(self.layers):
-            inputs = x, rope, mask, cache.kv[i] if cache else None, at
+            inputs = x, rope, mask, cache.kv[i] if cache else None, where, end
             x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute else layer(*inputs)
-        if cache:
-            cache.at = at + T
+        if cache and at is None:
+            cache.at = end
         return self.norm(x)
 
     def head(self, features):

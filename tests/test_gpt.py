@@ -150,8 +150,9 @@ def test_no_room():
         with pytest.raises(ValueError, match="65 tokens.* 64"):
             model(random_ids(1, 65), cache=model.cache(1, 80))
     assert prt.generate(model, [], random_ids(1, 60), length=4).shape == (1, 64)
-    with pytest.raises(ValueError, match="room for 64"):
-        prt.generate(model, [], random_ids(1, 60), length=8)
+    for compile in (False, True):  # known before the first step
+        with pytest.raises(ValueError, match="60 tokens and 8 new .* room for 64"):
+            prt.generate(model, [], random_ids(1, 60), length=8, compile=compile)
 
 
 # Types and memory
@@ -168,7 +169,7 @@ def test_bfloat16(name):
         logits = model(io["ids"])
         cache = model.cache(2, 24)
         parts = torch.cat([model(part, cache=cache) for part in io["ids"].split([20, 4], 1)], 1)
-    assert logits.dtype == torch.bfloat16 and cache.kv.dtype == torch.bfloat16
+    assert logits.dtype == torch.bfloat16 and cache.kv[0][1].dtype == torch.bfloat16
     for got in (logits, parts):
         assert error(got.float(), io["logits"]) < 0.05 * io["logits"].abs().max()
 
@@ -695,11 +696,13 @@ def test_mixtures(models):
 
 class Counter:
     """A policy of 20 tokens that counts: 3 4 5 …"""
+    asked = 0
 
     def cache(self, batch, length, pad):
-        return None
+        return SimpleNamespace(length=length)
 
-    def features(self, ids, cache):
+    def features(self, ids, cache, at=None):
+        self.asked += 1
         return ids
 
     def head(self, features):
@@ -709,12 +712,15 @@ class Counter:
 def test_end_token():
     """What follows the end token is noise, and takes time until all rows have ended."""
     ids = torch.tensor([[2, 3], [9, 7], [9, 9], [0, 15]])  # one in a prompt ends nothing
-    out = prt.generate(Counter(), [], ids, length=60, end=9)
-    assert out[0, 2:].tolist() == [4, 5, 6, 7, 8] + [9] * (out.shape[1] - 7)
-    assert out[1, 2:].tolist() == [8] + [9] * (out.shape[1] - 3)
-    assert out[3, 2:].tolist() == [*range(16, 20), *range(10)] + [9] * (out.shape[1] - 16)
-    assert out[2, 2:22].tolist() == [*range(10, 20), *range(10)] and 22 <= out.shape[1] < 2 + 60
-    assert prt.generate(Counter(), [], ids[:2], length=60, end=9).shape[1] < 2 + 10
+    policy = Counter()
+    out = prt.generate(policy, [], ids, length=60, end=9)
+    assert out.shape == (4, 62) and 20 < policy.asked < 40
+    assert out[0, 2:].tolist() == [4, 5, 6, 7, 8] + [9] * 55
+    assert out[1, 2:].tolist() == [8] + [9] * 59
+    assert out[2, 2:].tolist() == [*range(10, 20), *range(10)] + [9] * 40
+    assert out[3, 2:].tolist() == [*range(16, 20), *range(10)] + [9] * 46
+    policy = Counter()
+    assert prt.generate(policy, [], ids[:2], length=60, end=9).shape == (2, 62) and policy.asked < 10
     assert prt.generate(Counter(), [], ids, length=5, end=9).shape == (4, 7)
     assert prt.generate(Counter(), [], ids, length=60)[1].tolist() == [9, *(i % 20 for i in range(7, 68))]
 
@@ -746,15 +752,15 @@ def test_sampling_is_reproducible(models):
     assert torch.equal(sample(1, top_p=1e-9), greedy) and torch.equal(sample(2, 1e-4), greedy)
 
 
-def test_choose():
+def test_draw():
     """Too large a nucleus, one without the token that crosses top_p, or temperature on the wrong side."""
     p = torch.tensor([[0.1, 0.4, 0.05, 0.25, 0.2]])
     g = torch.Generator().manual_seed(0)
 
     def shares(temperature=1.0, top_p=1.0):
-        drawn = prt.choose((p.log() + 3).expand(20_000, 5), temperature, top_p, g)
-        assert drawn.shape == (20_000, 1)
-        return torch.bincount(drawn[:, 0], minlength=5) / 20_000
+        drawn = prt.draw(prt.probabilities((p.log() + 3).expand(20_000, 5), temperature, top_p), temperature, g)
+        assert drawn.shape == (20_000,)
+        return torch.bincount(drawn, minlength=5) / 20_000
 
     def near(found, want):
         want = torch.tensor(want)
@@ -767,7 +773,9 @@ def test_choose():
     near(shares(0.5), (p[0] ** 2).tolist())
     near(shares(2.0, 0.6), [0, 0.4**0.5, 0, 0.25**0.5, 0.2**0.5])  # the nucleus of what is sampled
     two = torch.tensor([[0.0, 9, 0], [0, 0, 9]])
-    assert prt.choose(two, 0.0, 1.0).tolist() == prt.choose(two, 1.0, 1e-9).tolist() == [[1], [2]]
+    for how in ((0.0, 1.0), (1.0, 1e-9)):
+        found = prt.probabilities(two, *how)
+        assert found.tolist() == [[0, 1, 0], [0, 0, 1]] and prt.draw(found, how[0]).tolist() == [1, 2]
 
 
 def test_score(models):
