@@ -284,58 +284,62 @@ def generate(base, rewards, ids, *, length, end=None, pad=None, temperature=0.0,
     # A few lengths of the cache instead of many, since a compiled step is made for each.
     room = -(-(T + length) // 128) * 128 if compile else T + length
     terms = [(weight, policy, policy.cache(B, room, pad)) for weight, policy in [(1.0, base), *rewards]]
-    for _, policy, cache in terms:
-        if cache.length < T + length:
-            raise ValueError(f"{T} tokens and {length} new ones, but a model has room for {cache.length}: ask "
-                             "for fewer (--new-tokens)")
-        if T > 1:
-            policy.features(ids[:, :-1], cache)
+    if (least := min(cache.length for *_, cache in terms)) < T + length:
+        raise ValueError(f"{T} tokens and {length} new ones, but a model has room for {least}: ask for fewer "
+                         "(--new-tokens)")
     drafter = terms.pop(1) if speculative and rewards else None
 
-    def run(terms, new, at):
-        """Scores of tokens `new`, at places from `at` on; whatever the caches hold behind `at` is forgotten."""
+    def run(terms, new, at, n=1):
+        """Scores [B, n, L] behind each of the last n of the tokens `new`, whose first has place `at`.
+
+        What the caches hold from there on is forgotten: dropped drafts.
+        """
         for *_, cache in terms:
             cache.at = at
-        if not compile:
-            return scores(terms, new)
-        return compiled(ids.device.type)(terms, new, torch.full((1,), at, device=ids.device))
+        if not compile or not at:  # the prompt comes once
+            return scores(terms, new, n)
+        return compiled(ids.device.type)(terms, new, n, torch.full((1,), at, device=ids.device))
 
-    out, last, at, k = [ids], ids[:, -1:], T, 4  # at: how many tokens are known
-    done = torch.zeros(B, dtype=torch.bool, device=ids.device)
-    while at < T + length:
-        k = min(k, T + length - at - 1) if drafter else 0
-        block, drafted, q = last, [], []
-        for j in range(k + 1 if drafter else 0):
-            weight, policy, cache = drafter
-            logits = run([(1.0, policy, cache)], block[:, j:], at - 1 + j)  # [B, 1, L]
-            drafted.append(weight * logits)
-            if j < k:
-                q.append(probabilities(logits, temperature, top_p))
-                block = torch.cat([block, draw(q[-1], temperature, generator)], 1)  # [B, j + 2]
-        log_p = run(terms, block, at - 1)  # [B, k + 1, L], up to a constant
+    out, new, at, known = [ids], ids, 0, T  # the policies have not seen `new` yet, known - at tokens
+    k, done = 4, torch.zeros(B, dtype=torch.bool, device=ids.device)
+    while known < T + length:
         if drafter:
-            p, drafts = probabilities(log_p + torch.cat(drafted, 1), temperature, top_p), block[:, 1:]
-            new = accept(p, q, drafts, done, temperature, generator)  # [B, n + 1]
-            n = new.shape[1] - 1
-            k = min(k + 1, 16) if n == k else max(n, 1)
+            k = min(k, T + length - known - 1)
+            weight, policy, cache = drafter
+            drafted, q, drafts, last = [], [], [], new
+            for j in range(k + 1):
+                logits = run([(1.0, policy, cache)], last, known + j - last.shape[1])  # [B, 1, L]
+                drafted.append(weight * logits)
+                if j < k:
+                    q.append(probabilities(logits, temperature, top_p))
+                    last = draw(q[-1], temperature, generator)  # [B, 1]
+                    drafts.append(last)
+            log_p = run(terms, torch.cat([new, *drafts], 1), at, k + 1) + torch.cat(drafted, 1)  # [B, k + 1, L]
+            new = accept(probabilities(log_p, temperature, top_p), q, drafts, done, temperature, generator)
+            k = k + 1 if new.shape[1] > k else max(new.shape[1] - 1, 1)
         else:
-            new = log_p.argmax(-1) if not temperature else draw(
-                probabilities(log_p, temperature, top_p), temperature, generator)
+            log_p = run(terms, new, at)  # [B, 1, L], up to a constant
+            new = draw(probabilities(log_p, temperature, top_p) if temperature else log_p, temperature, generator)
         if end is not None:
             ended = new == end
             new = new.masked_fill(done[:, None] | (ended.cumsum(1) > ended), end)
             done |= ended.any(1)
         out.append(new)
-        last, at = new[:, -1:], at + new.shape[1]
-        if end is not None and (drafter or (at - T) % 8 == 0) and done.all():  # waits for the device
-            out.append(new.new_full((B, T + length - at), end))
+        at, known = known + new.shape[1] - 1, known + new.shape[1]
+        new = new[:, -1:]
+        if end is not None and (drafter or (known - T) % 8 == 0) and done.all():  # waits for the device
+            out.append(new.new_full((B, T + length - known), end))
             break
     return torch.cat(out, 1)
 
 
-def scores(terms, ids, at=None):
-    """The sum of weight * logits, float32 [B, T, L], of (weight, policy, cache) terms for new ids [B, T]."""
-    return sum(weight * policy.head(policy.features(ids, cache, at)).float() for weight, policy, cache in terms)
+def scores(terms, ids, n, at=None):
+    """The sum of weight * logits of (weight, policy, cache) terms behind each of the last n of new ids [B, T]:
+
+    float32 [B, n, L].
+    """
+    return sum(weight * policy.head(policy.features(ids, cache, at)[:, -n:]).float()
+               for weight, policy, cache in terms)
 
 
 @functools.cache
@@ -375,15 +379,18 @@ def draw(p, temperature, generator=None):
 def accept(p, q, drafts, done, temperature, generator=None):
     """Speculative sampling (Leviathan et al. 2023, Algorithm 1; Chen et al. 2023): tokens [B, n + 1] of p.
 
-    p [B, k + 1, L]: the distributions wanted after 0..k drafts. q: list of the k distributions [B, 1, L] that
-    the drafts [B, k] come from. done [B]: rows whose tokens do not matter.
+    p [B, k + 1, L]: the distributions wanted behind 0..k drafts. q: the k distributions [B, 1, L] that the
+    drafts, k of [B, 1], come from. done [B]: rows whose tokens do not matter.
 
     A draft y is kept with probability min(1, p(y) / q(y)). The first one that is not gives way to a sample
     of max(p - q, 0), normalised, and those behind it are dropped; behind k kept drafts comes a sample of p.
     All rows take the same number of tokens, the least that any row has, so that their caches stay aligned:
     where a row stops does not depend on the tokens that it drops. Waits for the device.
     """
-    k = drafts.shape[1]
+    k = len(drafts)
+    if not k:
+        return draw(p, temperature, generator)
+    drafts = torch.cat(drafts, 1)  # [B, k]
     q = torch.cat([*q, torch.zeros_like(p[:, :1])], 1)  # [B, k + 1, L]: behind the drafts, nothing to take off
     p_y, q_y = (x[:, :k].gather(-1, drafts[..., None])[..., 0] for x in (p, q))  # [B, k]
     u = torch.rand(drafts.shape, device=p.device, generator=generator)

@@ -35,7 +35,7 @@ DEMO = dict(old=dict(SCRATCH, data="arithmetic-old", size="old", steps=500),
 OLD = dict(family="llama", width=64, layers=2, heads=4, kv_heads=4, head_width=16, mlp=168, positions=256,
            eps=1e-5, tied=False, rope=dict(theta=10000.0))
 SIZES = dict(old=OLD, new=OLD | dict(width=96, layers=3, head_width=24, mlp=256),
-             large=OLD | dict(width=192, layers=6, head_width=48, mlp=512))  # 17 times the old one
+             large=OLD | dict(width=256, layers=8, head_width=64, mlp=688))
 TOKENIZER = Path(text.__file__).with_name("tokenizer.json")
 
 

@@ -39,10 +39,12 @@ def frequencies(rope, width):
 
 
 def rotate(x, cos, sin):
-    """RoPE on x [B, H, T, D], whose first and second half are the pairs' coordinates."""
-    a, b = x.chunk(2, -1)
+    """RoPE on x [B, H, T, D], whose first and second half are the pairs' coordinates: (a, b) becomes
+
+    (a cos - b sin, b cos + a sin). cos, sin [T, D]: for both halves, the sines of the first one negative.
+    """
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
@@ -56,7 +58,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(inner, arch["width"], bias=arch["family"] == "gpt2")
 
     def forward(self, x, rope, mask, kv, where, end):
-        q, k, v = (f(x).unflatten(-1, (n, -1)).transpose(1, 2)  # [B, H, T, D/H]
+        q, k, v = (f(x).view(*x.shape[:2], n, -1).transpose(1, 2)  # [B, H, T, D/H]
                    for f, n in ((self.q_proj, self.heads), (self.k_proj, self.kv_heads),
                                 (self.v_proj, self.kv_heads)))
         if rope is not None:
@@ -154,7 +156,8 @@ class GPT(nn.Module):
         else:
             angles = positions[..., None] * self.rope.float()  # [B or none, T, D/2H]
             angles = angles if pad is None else angles[:, None]
-            rope = angles.cos(), angles.sin()
+            cos, sin = angles.cos(), angles.sin()
+            rope = [torch.cat(halves, -1) for halves in ((cos, cos), (-sin, sin))]
         for i, layer in enumerate(self.layers):
             inputs = x, rope, mask, cache.kv[i] if cache else None, where, end
             x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute else layer(*inputs)
