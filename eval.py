@@ -58,6 +58,8 @@ def parse():
     p.add_argument("--temperature", type=float, default=0.0, help="text: sample (0: the likeliest token)")
     p.add_argument("--top-p", type=prt.positive(float), default=1.0, help="text: sample from this share")
     p.add_argument("--seed", type=int, default=0, help="text: of the samples")
+    p.add_argument("--speculative", action="store_true", help="text: the reward drafts, the base checks")
+    p.add_argument("--compile", action="store_true", help="text: torch.compile, on a GPU with CUDA graphs")
     p.add_argument("--responses", default="responses", help="IFEval: folder for the responses")
     return p.parse_args()
 
@@ -183,7 +185,8 @@ def language(args, device, models, rows):
             ids = torch.tensor([[end] * n + prompts[i] for n, i in zip(pad, some)], device=device)
             pad = torch.tensor(pad, device=device) if any(pad) else None
             new = prt.generate(base, rewards, ids, length=length, end=end, pad=pad,
-                               temperature=args.temperature, top_p=args.top_p, generator=generator)
+                               temperature=args.temperature, top_p=args.top_p, generator=generator,
+                               speculative=args.speculative, compile=args.compile)
             for i, row in zip(some, new[:, T:].tolist()):
                 out[i] = row[:row.index(end)] if end in row else row
         return out

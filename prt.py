@@ -24,7 +24,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # saved as one process would save it
@@ -129,8 +128,8 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
     method: "prt" (uniform reference), or "ft" (reference = base, so that the tilt gives pi_theta back: plain
         fine-tuning).
     head: where given, policy and base return features [N, D] for targets [N], and head(policy, features)
-        are logits [N, L]. They are made for `chunk` targets at a time, and again in the backward pass, so
-        that the whole [N, L] is never in memory.
+        are logits [N, L]. They are made for `chunk` targets at a time, and their gradient at once, so that
+        the whole [N, L] is never in memory.
     accum: micro-batches a step and process. The loss is the mean over the targets of all of them together, on
         all of torchrun's processes together.
     save: called with {"model", "step", "optimizer"} every save_every steps (default: a quarter of them), and
@@ -160,6 +159,9 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
     if compile:
         net, base_net = torch.compile(net), base and torch.compile(base)
 
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+
+    @autocast
     def summed(features, base_features, targets, logging):
         """The loss, summed over some targets; with it, without gradient, [loss, correct, KL], summed."""
         logits = head(policy, features) if head else features
@@ -190,29 +192,29 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
         count = sum((targets >= 0).sum() for _, targets, _ in micro)
         if world > 1:
             dist.all_reduce(count)
+        scale = world / count.clamp(min=1)  # the gradients of the processes are averaged
         moved = torch.zeros((), device=device)
         for i, (inputs, targets, base_features) in enumerate(micro):
             if ddp:
                 ddp.require_backward_grad_sync = i + 1 == len(micro)
             if sharded:
                 policy.set_requires_gradient_sync(i + 1 == len(micro))
-            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            with autocast:
                 features = net(*inputs)
                 # In fine-tuning the base cancels out of the loss: it is asked for the logged KL alone.
                 if base_features is None and base is not None and (method == "prt" or alpha or logging):
                     with torch.no_grad():
                         base_features = base_net(*inputs)
-                size = chunk if head else len(targets)
-                bases = repeat(None) if base_features is None else base_features.split(size)
-                loss = 0.0
-                for some in zip(features.split(size), bases, targets.split(size)):
-                    loss_part, sums = (checkpoint(summed, *some, logging, use_reentrant=False)
-                                       if size < len(targets) else summed(*some, logging))
-                    loss = loss + loss_part
-                    totals[:2] += sums[:2]
-                    moved += sums[2]
+            size = chunk if head else len(targets)
+            bases = repeat(None) if base_features is None else base_features.split(size)
+            leaf = features.detach().requires_grad_()
+            for some in zip(leaf.split(size), bases, targets.split(size)):
+                loss, sums = summed(*some, logging)
+                (loss * scale).backward()
+                totals[:2] += sums[:2]
+                moved += sums[2]
+            features.backward(leaf.grad)
             totals[2] += (targets >= 0).sum()
-            (loss * (world / count.clamp(min=1))).backward()  # the gradients of the processes are averaged
         norm = torch.nn.utils.clip_grad_norm_(params, clip)
         totals[3] += norm.full_tensor() if sharded else norm
         optimizer.step()
@@ -232,7 +234,7 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
         seconds = (time.perf_counter() - clock) / (step + 1 - last)
         if logging:
             history.append(dict(step=step + 1, loss=loss, accuracy=correct / max(seen, 1),
-                                kl=moved.item() / max(count.item(), 1), per_second=len(batch) / seconds,
+                                norm=norm / (step + 1 - last), kl=moved.item() / max(count.item(), 1), per_second=len(batch) / seconds,
                                 peak_mib=peak_memory(device)))
             report(bar, name, history[-1], steps, seconds)
         if saving:
@@ -255,7 +257,7 @@ def kl(log_probs, base_logits):
 
 def report(bar, name, row, steps, seconds):
     """One log step: on the progress bar of a terminal, or as a plain line where output is none."""
-    text = ("loss {loss:.4f}, accuracy {accuracy:.3f}, KL {kl:.3f}, {per_second:.0f}/s, "
+    text = ("loss {loss:.4f}, accuracy {accuracy:.3f}, norm {norm:.3f}, KL {kl:.3f}, {per_second:.0f}/s, "
             "{peak_mib:.0f} MiB").format(**row)
     bar.set_postfix_str(text)
     if bar.disable:
@@ -287,6 +289,8 @@ def generate(base, rewards, ids, *, length, end=None, pad=None, temperature=0.0,
     if (least := min(cache.length for *_, cache in terms)) < T + length:
         raise ValueError(f"{T} tokens and {length} new ones, but a model has room for {least}: ask for fewer "
                          "(--new-tokens)")
+    for tensor in (x for *_, cache in terms for pair in cache.kv for x in pair) if compile else ():
+        torch._dynamo.mark_static_address(tensor)  # a CUDA graph changes it where it lies, not a copy
     drafter = terms.pop(1) if speculative and rewards else None
 
     def run(terms, new, at, n=1):
@@ -298,6 +302,7 @@ def generate(base, rewards, ids, *, length, end=None, pad=None, temperature=0.0,
             cache.at = at
         if not compile or not at:  # the prompt comes once
             return scores(terms, new, n)
+        torch.compiler.cudagraph_mark_step_begin()  # the scores of the last call are no longer needed
         return compiled(ids.device.type)(terms, new, n, torch.full((1,), at, device=ids.device))
 
     out, new, at, known = [ids], ids, 0, T  # the policies have not seen `new` yet, known - at tokens

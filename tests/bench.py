@@ -1,11 +1,13 @@
 """Speed and memory as ratios, both sides of each measured in this one process, alternately, the median of
 several.
 
-python tests/bench.py                                     ViT-B-16 at 224 pixels, random weights
-python tests/bench.py --batch 128 --json bench.json       on a GPU
+python tests/bench.py                                     GPT-2 and ViT-B-16, random weights
+python tests/bench.py --only speculative --reward out/small-reward.pt --base out/large.pt
+python tests/bench.py --only decode --threads 1 --compile
+python tests/bench.py --image ViT-L-14 --text qwen2.5-7b --batch 128 --json bench.json         on a GPU
 
-Where open_clip or transformers is installed, the image tower's forward is compared with theirs on the same
-weights.
+Where open_clip or transformers is installed, what they have is compared with ours on the same weights. A ratio
+that could not be measured is left out.
 """
 import argparse
 import contextlib
@@ -19,22 +21,42 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import eval as evaluation  # noqa: E402
 import prt  # noqa: E402
-from data import images  # noqa: E402
+from data import images, text  # noqa: E402
+from models import weights  # noqa: E402
 from models.clip import CLIP, Classifier, normalize  # noqa: E402
+from models.gpt import GPT  # noqa: E402
 
-TEXT = dict(embed_dim=512, text_width=512, text_layers=12, text_heads=8, context=77, vocab=49408,
-            quick_gelu=False, mean=[0.5] * 3, std=[0.5] * 3)
-ARCHS = {"ViT-B-16": TEXT | dict(image_size=224, width=768, layers=12, patch=16, heads=12),
-         "ViT-L-14": TEXT | dict(embed_dim=768, image_size=224, width=1024, layers=24, patch=14, heads=16),
-         "RN50": TEXT | dict(embed_dim=1024, image_size=224, width=64, layers=[3, 4, 6, 3], heads=32)}
+TOWER = dict(embed_dim=512, text_width=512, text_layers=12, text_heads=8, context=77, vocab=49408,
+             quick_gelu=False, mean=[0.5] * 3, std=[0.5] * 3)
+IMAGES = {"ViT-B-16": TOWER | dict(image_size=224, width=768, layers=12, patch=16, heads=12),
+          "ViT-L-14": TOWER | dict(embed_dim=768, image_size=224, width=1024, layers=24, patch=14, heads=16),
+          "RN50": TOWER | dict(embed_dim=1024, image_size=224, width=64, layers=[3, 4, 6, 3], heads=32)}
+
+
+def gpt2(width, layers, heads):
+    return dict(family="gpt2", vocab=50257, width=width, layers=layers, heads=heads, kv_heads=heads, tied=True,
+                head_width=width // heads, mlp=4 * width, positions=1024, eps=1e-5, rope=None, end=50256)
+
+
+def qwen2(width, layers, heads, kv_heads, mlp, vocab, tied):
+    return dict(family="qwen2", vocab=vocab, width=width, layers=layers, heads=heads, kv_heads=kv_heads,
+                tied=tied, head_width=width // heads, mlp=mlp, positions=32768, eps=1e-6,
+                rope=dict(theta=1e6), end=151643)
+
+
+TEXTS = {"gpt2": gpt2(768, 12, 12), "gpt2-xl": gpt2(1600, 48, 25), "small": gpt2(256, 6, 4),
+         "qwen2.5-0.5b": qwen2(896, 24, 14, 2, 4864, 151936, True),
+         "qwen2.5-1.5b": qwen2(1536, 28, 12, 2, 8960, 151936, True),
+         "qwen2.5-7b": qwen2(3584, 28, 28, 4, 18944, 152064, False)}
 
 
 def alternate(device, repeats, *functions):
-    """Median seconds of each function; one call of each does not count, then they take turns."""
+    """Median seconds of each function; the first call of each does not count, then they take turns."""
     seconds = [[] for _ in functions]
     for i in range(repeats + 1):
         for clock, function in zip(seconds, functions):
@@ -48,10 +70,33 @@ def alternate(device, repeats, *functions):
     return [statistics.median(clock[1:]) for clock in seconds]
 
 
-def trainer(args, device, mode):
+def bandwidth(device):
+    """Bytes a second that a sum over 512 MiB reads: no token can come sooner than the weights are read."""
+    x = torch.ones(2**27, device=device)
+    return x.nbytes / alternate(device, 5, x.sum)[0]
+
+
+def arithmetic(device):
+    """Floating-point operations a second of a large matrix product, in the dtype of training."""
+    n = 8192 if device.type == "cuda" else 2048
+    x = torch.randn(n, n, device=device, dtype=prt.frozen_dtype(device))
+    return 2 * n**3 / alternate(device, 5, lambda: x @ x)[0]
+
+
+def operations(function):
+    """Floating-point operations of the matrix products in function()."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+# Images
+
+
+def image_trainer(args, device, mode, **options):
     """A function that runs args.steps of `mode`: ft, prt, ft-augment or prt-augment, with the base that it
     needs."""
-    arch = ARCHS[args.model]
+    arch = IMAGES[args.image]
     torch.manual_seed(args.seed)
     size, head = arch["image_size"], torch.nn.functional.normalize(torch.randn(100, arch["embed_dim"]))
     policy = Classifier(arch, head).eval().to(device)
@@ -68,45 +113,47 @@ def trainer(args, device, mode):
     def run():
         with contextlib.redirect_stdout(io.StringIO()):
             prt.fit(policy, lambda step: prt.shuffled(step, len(pixels), args.batch, 0), fetch, base=base,
-                    steps=args.steps, log_every=args.steps)
+                    steps=args.steps, log_every=args.steps, **options)
     return run
 
 
-def step_times(args, device):
+def image_step(args, device):
     """Step time of reward tuning over that of plain fine-tuning, which asks no base at all."""
     found = {}
     for key, view in (("image_step_prt_vs_ft", ""), ("image_step_augment_prt_vs_ft", "-augment")):
-        runs = [trainer(args, device, method + view) for method in ("ft", "prt")]
+        runs = [image_trainer(args, device, method + view) for method in ("ft", "prt")]
         ft, reward = (seconds / args.steps for seconds in alternate(device, args.repeats, *runs))
-        print(f"{args.model} step{view}, batch {args.batch}: ft {ft:.3f} s, prt {reward:.3f} s")
+        done = operations(runs[0]) / args.steps / ft / arithmetic(device)
+        print(f"{args.image} step{view}, batch {args.batch}: ft {ft:.3f} s ({done:.0%} of the speed of a large "
+              f"matrix product), prt {reward:.3f} s")
         found[key] = reward / ft
     return found
 
 
-def peaks(args):
+def image_memory(args, device):
     """Peak memory of tuning over (fine-tuning's + the base's weights), each in a process of its own."""
     mib = {}
     for mode in ("ft", "prt", "prt-augment"):
-        command = [sys.executable, __file__, "--peak", mode, "--model", args.model]
+        command = [sys.executable, __file__, "--peak", mode, "--image", args.image]
         command += ["--batch", str(args.batch), "--steps", str(args.steps)]
         command += ["--device", args.device] if args.device else []
         mib[mode] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    weights = sum(p.nbytes for p in Classifier(ARCHS[args.model], torch.zeros(1)).parameters()) / 2**20
-    print(f"{args.model} peak MiB, batch {args.batch}: ft {mib['ft']:.0f}, base's weights {weights:.0f}, prt "
+    base = sum(p.nbytes for p in Classifier(IMAGES[args.image], torch.zeros(1)).parameters()) / 2**20
+    print(f"{args.image} peak MiB, batch {args.batch}: ft {mib['ft']:.0f}, base's weights {base:.0f}, prt "
           f"{mib['prt']:.0f}, prt-augment {mib['prt-augment']:.0f}")
-    return dict(image_memory_prt_vs_ft_plus_base=mib["prt"] / (mib["ft"] + weights),
-                image_memory_augment_prt_vs_ft_plus_base=mib["prt-augment"] / (mib["ft"] + weights))
+    return dict(image_memory_prt_vs_ft_plus_base=mib["prt"] / (mib["ft"] + base),
+                image_memory_augment_prt_vs_ft_plus_base=mib["prt-augment"] / (mib["ft"] + base))
 
 
 def peak(args, device):
     """What one mode adds to the memory of this process at its peak, in MiB."""
-    return evaluation.measure([], lambda: trainer(args, device, args.peak)(), device, repeats=0)[1]
+    return evaluation.measure([], lambda: image_trainer(args, device, args.peak)(), device, repeats=0)[1]
 
 
-def forward(args, device):
+def image_forward(args, device):
     """The image tower's forward against open_clip's and transformers', ours over theirs in images per
     second."""
-    arch, found = ARCHS[args.model], {}
+    arch, found = IMAGES[args.image], {}
     torch.manual_seed(args.seed)
     ours = CLIP(arch).eval().to(device)
     x = normalize(torch.randint(0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8, device=device), arch)
@@ -119,7 +166,7 @@ def forward(args, device):
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             difference = (ours.encode_image(x) - theirs(x)).abs().max().item()
             a, b = alternate(device, args.repeats, lambda: ours.encode_image(x), lambda: theirs(x))
-        print(f"{args.model} forward, batch {args.batch}: {len(x) / a:.2f} images/s, {name} {len(x) / b:.2f} "
+        print(f"{args.image} forward, batch {args.batch}: {len(x) / a:.2f} images/s, {name} {len(x) / b:.2f} "
               f"(largest difference of the features {difference:.1e})")
         found[f"image_vs_{name}"] = b / a
     return found
@@ -182,24 +229,207 @@ def transformers_tower(arch, tensors):
     return Features()
 
 
+# Text
+
+def text_model(name, device, dtype=torch.float32):
+    torch.manual_seed(0)
+    with torch.device(device):
+        return GPT(TEXTS[name]).eval().requires_grad_(False).to(dtype)
+
+
+def transformers_text(ours):
+    """transformers' model of the architecture, and its weights in ours."""
+    from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
+
+    a, p = ours.arch, next(ours.parameters())
+    if a["family"] == "gpt2":
+        config = GPT2Config(n_embd=a["width"], n_layer=a["layers"], n_head=a["heads"])
+    else:
+        config = Qwen2Config(hidden_size=a["width"], num_hidden_layers=a["layers"], vocab_size=a["vocab"],
+                             num_attention_heads=a["heads"], num_key_value_heads=a["kv_heads"],
+                             intermediate_size=a["mlp"], tie_word_embeddings=a["tied"],
+                             rope_parameters=dict(rope_type="default", rope_theta=a["rope"]["theta"]))
+    with torch.device(p.device):
+        peer = AutoModelForCausalLM.from_config(config, dtype=p.dtype).eval().requires_grad_(False)
+    ours.load_state_dict(weights.gpt_tensors(peer.state_dict(), a))
+    ids = torch.arange(5, 37, device=p.device)[None]
+    print(f"largest difference of the logits {(ours(ids) - peer(ids).logits).abs().max().item():.1e}")
+    return peer
+
+
+def peer_of(ours):
+    try:
+        return transformers_text(ours)
+    except ImportError:
+        print("transformers is not installed: not compared")
+
+
+def generated(peer, ids, n):
+    """transformers' greedy generation of n tokens."""
+    return lambda: peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
+                                 do_sample=False, pad_token_id=0)
+
+
+def decode(args, device):
+    """Tokens a second of one row: base, base + reward, EFT, with random weights; transformers; the ceiling."""
+    ratios, dtype, n = {}, prt.frozen_dtype(device), args.tokens
+    ids = torch.randint(0, 50000, (1, 16), device=device, generator=torch.Generator(device).manual_seed(0))
+    read = bandwidth(device)
+    print(f"memory: {read / 1e9:.1f} GB/s")
+    for name in (args.text, "small"):
+        base, reward = text_model(name, device, dtype), text_model("small", device, dtype)
+        reward.size = base.size = min(reward.size, base.size)
+        rows = {"base": (base, [])}
+        if name != "small":
+            rows |= {"reward": (reward, []), "base + reward": (base, [(1.0, reward)]),
+                     "base + EFT": (base, [(1.0, reward), (-1.0, copy.deepcopy(reward))])}
+            if dtype == torch.float32:
+                rows["base in bfloat16"] = copy.deepcopy(base).bfloat16(), []
+        peer = peer_of(base)
+        work = {label: lambda base=base, rewards=rewards: prt.generate(
+            base, rewards, ids, length=n, compile=args.compile) for label, (base, rewards) in rows.items()}
+        if peer:
+            work["transformers"] = generated(peer, ids, n)
+        seconds = dict(zip(work, alternate(device, args.repeats, *work.values())))
+        for label, taken in seconds.items():
+            models = [rows["base"][0]] if label == "transformers" else [m for m in (
+                rows[label][0], *(m for _, m in rows[label][1]))]
+            size = sum(p.nbytes for m in models for k, p in m.named_parameters()
+                       if "embed" not in k or k == "embed_tokens.weight" and m.arch["tied"])
+            mib = evaluation.measure(models, work[label], device, repeats=0)[1]
+            print(f"{name} decode, {label}: {n / taken:.1f} tokens/s, {n * size / read / taken:.0%} of what the "
+                  f"memory allows, {mib:.0f} MiB")
+        key = "decode_small" if name == "small" else "decode"
+        if peer:
+            ratios[f"{key}_vs_transformers"] = seconds["transformers"] / seconds["base"]
+        if name != "small":
+            ratios["prt_vs_sum"] = seconds["base + reward"] / (seconds["base"] + seconds["reward"])
+        if "base in bfloat16" in seconds:
+            ratios["decode_bf16_vs_float32"] = seconds["base"] / seconds["base in bfloat16"]
+    return ratios
+
+
+def speculative(args, device):
+    """Tokens a second of trained models on the reward's own test prompts, one at a time, greedily.
+
+    The base alone and the reward alone make as many tokens as the answers of base + reward have.
+    """
+    if not (args.reward and args.base):
+        print("speculative decoding is not measured without trained models: --reward, --base")
+        return {}
+    given = dict(reward=args.reward, base=args.base, tuned=args.tuned, ref=args.ref)
+    models = {k: weights.load(path, dtype=prt.frozen_dtype(device)).to(device).requires_grad_(False)
+              for k, path in given.items() if path}
+    tokenizer = weights.same_vocabulary(models)
+    base, reward, end = models["base"], models["reward"], models["reward"].arch["end"]
+    examples = text.load(reward.info["data"], "test")[1][:args.prompts]
+    prompts = [torch.tensor(text.token_ids(parts[:-1], tokenizer, end)[0], device=device)[None]
+               for _, parts in examples]
+    longest = min(m.arch["positions"] for m in models.values()) - max(ids.shape[1] for ids in prompts)
+
+    def run(base, rewards, lengths, **options):
+        return lambda: [prt.generate(base, rewards, ids, length=n, compile=args.compile, **options)
+                        for ids, n in zip(prompts, lengths)]
+
+    mixtures = dict(prt=[(1.0, reward)])
+    if args.tuned and args.ref:
+        mixtures["eft"] = [(1.0, models["tuned"]), (-1.0, models["ref"])]
+    size = [sum(p.numel() for p in m.parameters()) for m in (base, reward)]
+    print(f"{args.base} has {size[0] / size[1]:.1f} times the weights of {args.reward}")
+    ratios = {}
+    for name, rewards in mixtures.items():
+        answers = run(base, rewards, [min(args.tokens, longest)] * len(prompts), end=end)()
+        answers = [out[0, ids.shape[1]:].tolist() for ids, out in zip(prompts, answers)]
+        lengths = [answer.index(end) + 1 if end in answer else len(answer) for answer in answers]
+        work = {"base alone": run(base, [], lengths), "reward alone": run(reward, [], lengths),
+                f"base + {name}": run(base, rewards, lengths),
+                f"base + {name}, speculative": run(base, rewards, lengths, speculative=True)}
+        plain, fast = (work[label]() for label in list(work)[2:])
+        if not all(map(torch.equal, plain, fast)):
+            raise ValueError("speculative and plain decoding gave different tokens")
+        seconds = dict(zip(work, alternate(device, args.repeats, *work.values())))
+        for label, taken in seconds.items():
+            print(f"{label}: {sum(lengths) / taken:.1f} tokens/s")
+        alone, _, plain, fast = seconds.values()
+        key = "speculative" if name == "prt" else "speculative_eft"
+        ratios |= {f"{key}_vs_base": alone / fast, f"{key}_vs_{name}": plain / fast}
+    return ratios
+
+
+def text_forward(args, device):
+    """Logits of all places of 4 texts of 128 tokens, ours over transformers' in tokens per second."""
+    ours = text_model(args.text, device, prt.frozen_dtype(device))
+    ids, peer = torch.randint(0, 50000, (4, 128), device=device), peer_of(ours)
+    if not peer:
+        return {}
+    with torch.no_grad():
+        a, b = alternate(device, args.repeats, lambda: ours(ids), lambda: peer(ids, use_cache=False).logits)
+    print(f"{args.text} forward: {ids.numel() / a:.1f} tokens/s, transformers {ids.numel() / b:.1f}")
+    return dict(text_forward_vs_transformers=b / a)
+
+
+def text_trainer(args, device, method, **options):
+    """A function that runs args.steps of text tuning, on args.batch texts of args.length tokens."""
+    policy = text_model(args.text, device).requires_grad_(True)
+    base = text_model(args.text, device, prt.frozen_dtype(device))
+    ids = torch.randint(0, 50000, (args.batch, args.length + 1), device=device)
+    where = torch.arange(args.length * args.batch, device=device)
+
+    def run():
+        with contextlib.redirect_stdout(io.StringIO()):
+            prt.fit(policy, lambda step: torch.arange(args.batch),
+                    lambda i, generator: ((ids[:, :-1], where), ids[:, 1:].flatten(), None), base=base,
+                    method=method, steps=args.steps, log_every=10**9, head=GPT.head, **options)
+    return run
+
+
+def text_step(args, device):
+    """Step time of reward tuning over that of plain fine-tuning, which asks no base at all."""
+    runs = [text_trainer(args, device, method) for method in ("ft", "prt")]
+    ft, reward = (seconds / args.steps for seconds in alternate(device, args.repeats, *runs))
+    done = operations(runs[0]) / args.steps / ft / arithmetic(device)
+    print(f"{args.text} step, {args.batch} texts of {args.length} tokens: ft {ft:.3f} s ({done:.0%} of the speed "
+          f"of a large matrix product), prt {reward:.3f} s")
+    return dict(text_step_prt_vs_ft=reward / ft)
+
+
+PARTS = {f.__name__: f for f in (decode, speculative, text_step, text_forward, image_step, image_forward,
+                                 image_memory)}
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", choices=ARCHS, default="ViT-B-16")
-    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    p.add_argument("--image", choices=IMAGES, default="ViT-B-16")
+    p.add_argument("--text", choices=TEXTS, default="gpt2")
+    p.add_argument("--reward", help="of the part `speculative`: a trained reward on text")
+    p.add_argument("--base", help="and the base to put it on")
+    p.add_argument("--tuned", help="and for EFT the source fine-tuned")
+    p.add_argument("--ref", help="and the source")
+    p.add_argument("--batch", type=int, default=8, help="of training, and of the images")
+    p.add_argument("--length", type=int, default=64, help="of the texts to train on")
+    p.add_argument("--tokens", type=int, default=64, help="to generate")
+    p.add_argument("--prompts", type=int, default=32, help="of the part `speculative`")
     p.add_argument("--steps", type=int, default=2, help="training steps in one measurement")
     p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--compile", action="store_true", help="our decoding with torch.compile")
+    p.add_argument("--threads", type=int, help="of the CPU")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device")
     p.add_argument("--json", help="write the ratios to this file")
-    p.add_argument("--peak", choices=("ft", "prt", "prt-augment"), help="print one mode's peak MiB and end")
+    p.add_argument("--peak", choices=("ft", "prt", "prt-augment"), help=argparse.SUPPRESS)
     args = p.parse_args()
     device = prt.setup(args.device)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     if args.peak:
         sys.exit(print(peak(args, device)))
     cuda = device.type == "cuda"
     where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, {'bfloat16' if cuda else 'float32'}, torch {torch.__version__}, seed {args.seed}")
-    ratios = forward(args, device) | step_times(args, device) | peaks(args)
+    if not cuda:
+        print("no GPU: its rows are left out")
+    ratios = {}
+    for name in args.only:
+        ratios |= PARTS[name](args, device)
     for name, ratio in ratios.items():
         print(f"{name} {ratio:.3f}")
     if args.json:

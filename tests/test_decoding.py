@@ -1,6 +1,7 @@
 """prt.generate faster: drafts that the base checks, and compiled steps, against plain decoding."""
 import inspect
 import itertools
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -176,3 +177,48 @@ def test_a_broken_acceptance_is_seen(four, monkeypatch, line, broken):
     exec(source.replace(line, broken), scope)
     monkeypatch.setattr(prt, "accept", scope["accept"])
     assert surprise(four.base, [(1.0, four.reward)], 12_000) < 1e-6
+
+
+# Compiled steps
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Steps that are traced as for compilation, and then run as they are: no compiler, no minutes."""
+    monkeypatch.setattr(prt, "compiled", lambda _: torch.compile(prt.scores, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters["frames"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("mixture", ["prt", "eft"])
+@pytest.mark.parametrize("speculative", [False, True])
+def test_compiled_steps(trained, traced, mixture, speculative):
+    """A place that became a constant of the compiled step, keys of an earlier prompt in the rest of the cache."""
+    rewards = mixtures(trained)[mixture]
+    for prompt in trained.prompts:
+        ids = torch.tensor([prompt])
+        plain, fast = (prt.generate(trained.base, rewards, ids, length=30, end=trained.end, **options)
+                       for options in ({}, dict(compile=True, speculative=speculative)))
+        assert torch.equal(plain, fast)
+    # One step of each set of models, drafts in one number, and in any number: not one a place.
+    assert 0 < traced["ok"] == traced["total"] <= (4 if speculative else 1)
+
+
+def test_compiled_batch(trained, traced):
+    """A mask without the padding, and places counted with it."""
+    T = max(map(len, trained.prompts))
+    pad = torch.tensor([T - len(prompt) for prompt in trained.prompts])
+    ids = torch.tensor([[trained.end] * n + prompt for n, prompt in zip(pad, trained.prompts)])
+    plain, fast = (prt.generate(trained.base, [(1.0, trained.reward)], ids, length=20, end=trained.end, pad=pad,
+                                compile=compile) for compile in (False, True))
+    assert torch.equal(plain, fast) and traced["ok"] == 1
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_compiler(trained):
+    """What the compiler makes of a step: the caches written in place, with what masks leave out."""
+    ids = torch.tensor([trained.prompts[0]])
+    plain, fast = (prt.generate(trained.old, [(1.0, trained.reward)], ids, length=12, compile=compile)
+                   for compile in (False, True))
+    assert torch.equal(plain, fast)
