@@ -17,6 +17,7 @@ import math
 import os
 import sys
 import time
+import weakref
 from itertools import repeat
 
 import torch
@@ -27,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # saved as one process would save it
+KEPT = weakref.WeakKeyDictionary()  # policy -> the caches of its compiled steps
 
 
 def reward(logits, ref_logits=None, beta=1.0):
@@ -154,6 +156,8 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
     sharded = isinstance(policy, FSDPModule)
     ddp = None
     if world > 1 and not sharded:
+        if head:
+            raise ValueError("more than one process, and a head: shard the policy with fully_shard first")
         ddp = torch.nn.parallel.DistributedDataParallel(policy, broadcast_buffers=False)
     net, base_net = ddp or policy, base  # what runs, while `policy` is saved and scored
     if compile:
@@ -216,7 +220,7 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
             features.backward(leaf.grad)
             totals[2] += (targets >= 0).sum()
         norm = torch.nn.utils.clip_grad_norm_(params, clip)
-        totals[3] += norm.full_tensor() if sharded else norm
+        totals[3] += (norm.full_tensor() if sharded else norm) / world  # the same on all of them
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
@@ -234,8 +238,8 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
         seconds = (time.perf_counter() - clock) / (step + 1 - last)
         if logging:
             history.append(dict(step=step + 1, loss=loss, accuracy=correct / max(seen, 1),
-                                norm=norm / (step + 1 - last), kl=moved.item() / max(count.item(), 1), per_second=len(batch) / seconds,
-                                peak_mib=peak_memory(device)))
+                                norm=norm / (step + 1 - last), kl=moved.item() / max(count.item(), 1),
+                                per_second=len(batch) / seconds, peak_mib=peak_memory(device)))
             report(bar, name, history[-1], steps, seconds)
         if saving:
             model_state, optimizer_state = get_state_dict(policy, optimizer, options=WHOLE)
@@ -277,20 +281,19 @@ def generate(base, rewards, ids, *, length, end=None, pad=None, temperature=0.0,
     speculative: the first reward drafts tokens with its own distribution, the base and the other rewards
         answer for all of them in one pass, and `accept` keeps those that the result may keep, so that its
         distribution stays that of Algorithm 2. Of EFT's rewards the tuned model drafts.
-    compile: torch.compile for the steps after the prompt; with CUDA graphs where there is CUDA.
+    compile: torch.compile for the steps after the prompt, with CUDA graphs where there is CUDA.
 
     A policy has a KV `cache`, `features` and `head`, as models/gpt.py. The device is waited for once in eight
-    tokens; with drafts once in each pass of the base.
+    tokens, or where something drafts, at each draft.
     """
     B, T = ids.shape
     # A few lengths of the cache instead of many, since a compiled step is made for each.
     room = -(-(T + length) // 128) * 128 if compile else T + length
-    terms = [(weight, policy, policy.cache(B, room, pad)) for weight, policy in [(1.0, base), *rewards]]
+    terms = [(weight, policy, kept_cache(policy, i, B, room, pad) if compile else policy.cache(B, room, pad))
+             for i, (weight, policy) in enumerate([(1.0, base), *rewards])]
     if (least := min(cache.length for *_, cache in terms)) < T + length:
         raise ValueError(f"{T} tokens and {length} new ones, but a model has room for {least}: ask for fewer "
                          "(--new-tokens)")
-    for tensor in (x for *_, cache in terms for pair in cache.kv for x in pair) if compile else ():
-        torch._dynamo.mark_static_address(tensor)  # a CUDA graph changes it where it lies, not a copy
     drafter = terms.pop(1) if speculative and rewards else None
 
     def run(terms, new, at, n=1):
@@ -305,33 +308,38 @@ def generate(base, rewards, ids, *, length, end=None, pad=None, temperature=0.0,
         torch.compiler.cudagraph_mark_step_begin()  # the scores of the last call are no longer needed
         return compiled(ids.device.type)(terms, new, n, torch.full((1,), at, device=ids.device))
 
-    out, new, at, known = [ids], ids, 0, T  # the policies have not seen `new` yet, known - at tokens
+    out, new, known = [ids], ids, T  # `new`: those of the known tokens that the policies have not seen
     k, done = 4, torch.zeros(B, dtype=torch.bool, device=ids.device)
     while known < T + length:
+        at = known - new.shape[1]
         if drafter:
             k = min(k, T + length - known - 1)
             weight, policy, cache = drafter
-            drafted, q, drafts, last = [], [], [], new
-            for j in range(k + 1):
-                logits = run([(1.0, policy, cache)], last, known + j - last.shape[1])  # [B, 1, L]
+            drafted, q, drafts, last, ended = [], [], [], new, done[:, None]
+            while len(drafted) <= k:
+                logits = run([(1.0, policy, cache)], last, known + len(drafts) - last.shape[1])  # [B, 1, L]
                 drafted.append(weight * logits)
-                if j < k:
+                if end is not None and ended.all():
+                    k = len(drafts)  # there is nothing to draft behind the end
+                if len(drafts) < k:
                     q.append(probabilities(logits, temperature, top_p))
                     last = draw(q[-1], temperature, generator)  # [B, 1]
                     drafts.append(last)
-            log_p = run(terms, torch.cat([new, *drafts], 1), at, k + 1) + torch.cat(drafted, 1)  # [B, k + 1, L]
-            new = accept(probabilities(log_p, temperature, top_p), q, drafts, done, temperature, generator)
-            k = k + 1 if new.shape[1] > k else max(new.shape[1] - 1, 1)
+                    ended = ended | (last == end)
+            p = torch.cat(drafted, 1) + run(terms, torch.cat([new, *drafts], 1), at, k + 1)  # [B, k + 1, L]
+            new = accept(probabilities(p, temperature, top_p), q, drafts, done, temperature, generator)
+            k = min(k + 1, 8) if new.shape[1] > k else max(new.shape[1] - 1, 1)
         else:
-            log_p = run(terms, new, at)  # [B, 1, L], up to a constant
-            new = draw(probabilities(log_p, temperature, top_p) if temperature else log_p, temperature, generator)
+            p = run(terms, new, at)  # [B, 1, L], the log-probabilities, up to a constant
+            if temperature:
+                p = probabilities(p, temperature, top_p)
+            new = draw(p, temperature, generator)
         if end is not None:
             ended = new == end
             new = new.masked_fill(done[:, None] | (ended.cumsum(1) > ended), end)
             done |= ended.any(1)
         out.append(new)
-        at, known = known + new.shape[1] - 1, known + new.shape[1]
-        new = new[:, -1:]
+        known, new = known + new.shape[1], new[:, -1:]
         if end is not None and (drafter or (known - T) % 8 == 0) and done.all():  # waits for the device
             out.append(new.new_full((B, T + length - known), end))
             break
@@ -339,9 +347,9 @@ def generate(base, rewards, ids, *, length, end=None, pad=None, temperature=0.0,
 
 
 def scores(terms, ids, n, at=None):
-    """The sum of weight * logits of (weight, policy, cache) terms behind each of the last n of new ids [B, T]:
+    """The sum of weight * logits of (weight, policy, cache) terms, float32 [B, n, L], behind the last n of
 
-    float32 [B, n, L].
+    the new ids [B, T].
     """
     return sum(weight * policy.head(policy.features(ids, cache, at)[:, -n:]).float()
                for weight, policy, cache in terms)
@@ -350,8 +358,24 @@ def scores(terms, ids, n, at=None):
 @functools.cache
 def compiled(device_type):
     """`scores` with all its models in one graph: on CUDA a CUDA graph."""
-    torch._dynamo.config.recompile_limit = 64  # each set of models and each shape is compiled once
+    torch._dynamo.config.recompile_limit = 64  # each set of models, each weight and each shape is one
+    torch._dynamo.config.specialize_float = True  # a weight is a constant, not a tensor on the CPU
     return torch.compile(scores, mode="reduce-overhead" if device_type == "cuda" else None)
+
+
+def kept_cache(policy, i, batch, length, pad):
+    """The cache of the i-th policy of a compiled step, the same in every call: a CUDA graph is recorded for
+
+    memory that stays where it is, and changes it there.
+    """
+    kept = KEPT.setdefault(policy, {})
+    if (i, batch, length) not in kept:
+        kept[i, batch, length] = policy.cache(batch, length)
+        for tensor in (x for pair in kept[i, batch, length].kv for x in pair):
+            torch._dynamo.mark_static_address(tensor, guard=False)
+    cache = kept[i, batch, length]
+    cache.pad = pad
+    return cache
 
 
 def probabilities(logits, temperature, top_p):
@@ -388,7 +412,7 @@ def accept(p, q, drafts, done, temperature, generator=None):
     drafts, k of [B, 1], come from. done [B]: rows whose tokens do not matter.
 
     A draft y is kept with probability min(1, p(y) / q(y)). The first one that is not gives way to a sample
-    of max(p - q, 0), normalised, and those behind it are dropped; behind k kept drafts comes a sample of p.
+    of max(p - q, 0), normalised, and those behind it are dropped. Behind k kept drafts comes a sample of p.
     All rows take the same number of tokens, the least that any row has, so that their caches stay aligned:
     where a row stops does not depend on the tokens that it drops. Waits for the device.
     """
@@ -396,7 +420,7 @@ def accept(p, q, drafts, done, temperature, generator=None):
     if not k:
         return draw(p, temperature, generator)
     drafts = torch.cat(drafts, 1)  # [B, k]
-    q = torch.cat([*q, torch.zeros_like(p[:, :1])], 1)  # [B, k + 1, L]: behind the drafts, nothing to take off
+    q = torch.cat([*q, torch.zeros_like(p[:, :1])], 1)  # [B, k + 1, L]: the last is no draft's
     p_y, q_y = (x[:, :k].gather(-1, drafts[..., None])[..., 0] for x in (p, q))  # [B, k]
     u = torch.rand(drafts.shape, device=p.device, generator=generator)
     kept = (u * q_y < p_y).long().cumprod(1).sum(1)  # [B]

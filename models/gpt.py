@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Cache:
-    """A (keys, values) pair for each layer, allocated once. `at` places are filled; a smaller `at` rolls back.
+    """Keys and values of each layer, allocated once. `at` places are filled; a smaller `at` rolls back.
 
     pad [B]: how many places at the left of each row are padding, at which no other place looks. None: none.
     """
@@ -23,7 +23,8 @@ class Cache:
     def __init__(self, arch, batch, length, device, dtype, pad=None):
         shape = batch, arch["kv_heads"], length, arch["head_width"]
         # Zeros, since a compiled step multiplies what it masks by 0, and 0 times what memory held may be nan.
-        self.kv = [[torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"] for _ in range(arch["layers"])]
+        layers = range(arch["layers"])
+        self.kv = [[torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"] for _ in layers]
         self.at, self.length, self.pad = 0, length, pad
 
 
@@ -65,7 +66,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if kv is not None:
             for new, old in zip((k, v), kv):
-                old[:, :, where] = new
+                old[:, :, where] = new.to(old.dtype)
             k, v = (old[:, :, :end].to(q.dtype) for old in kv)  # [B, H_kv, end, D/H]
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1,
                                            enable_gqa=self.heads != self.kv_heads)
@@ -145,7 +146,7 @@ class GPT(nn.Module):
         positions, mask, rope = places, None, None
         if pad is not None:
             positions = (places - pad[:, None]).clamp(min=0)  # [B, T]
-        if pad is not None or start is None or start and T > 1:  # else all that is there may be seen, causally
+        if pad is not None or start is None or start and T > 1:  # else a causal pass over all, or one token
             keys = torch.arange(end, device=ids.device)
             mask = keys <= places[:, None]  # [T, end]
             if pad is not None:  # padding sees itself alone: a row without any key would be nan

@@ -24,8 +24,9 @@ def trained():
         _, examples = text.load(data, "train")
         data = (text.blocks(examples[:2000], tokenizer, end, 65) if base is None else
                 text.encode(examples, tokenizer, end, 200, False))
-        prt.fit(policy, lambda step: prt.shuffled(step, len(data.ids), 16, 0), base=base, method=method, steps=60,
-                fetch=lambda i, _: (*text.collate(data, i, torch.device("cpu")), None), lr=4e-3, head=GPT.head)
+        prt.fit(policy, lambda step: prt.shuffled(step, len(data.ids), 16, 0),
+                lambda i, _: (*text.collate(data, i, "cpu"), None), base=base, method=method, steps=60,
+                lr=4e-3, head=GPT.head)
         return policy.requires_grad_(False)
 
     def copy(model):
@@ -34,8 +35,9 @@ def trained():
         return made
 
     sizes = [train_lm.OLD | dict(vocab=tokenizer.size, end=end) | change for change in (
-        dict(width=48, layers=3, heads=4, kv_heads=2, head_width=12, mlp=96), dict(width=32, head_width=8, mlp=64))]
-    base, old = (train(GPT(size).eval(), name) for size, name in zip(sizes, ("arithmetic-new", "arithmetic-old")))
+        dict(width=48, layers=3, heads=4, kv_heads=2, head_width=12, mlp=96),
+        dict(width=32, head_width=8, mlp=64))]
+    base, old = (train(GPT(size).eval(), f"arithmetic-{name}") for size, name in zip(sizes, ("new", "old")))
     reward, tuned = (train(copy(old), "arithmetic", old, method) for method in ("prt", "ft"))
     prompts = [text.token_ids(parts[:-1], tokenizer, end)[0]
                for _, parts in text.load("arithmetic", "test")[1][:6]]
@@ -62,26 +64,27 @@ class Count(torch.nn.Module):
 
 @pytest.mark.parametrize("mixture", ["prt", "half", "eft", "two"])
 def test_speculative_greedy(trained, mixture):
-    """A draft kept that the tilted distribution does not prefer, or keys of a dropped draft left in a cache."""
+    """A draft kept that is not the likeliest token, or keys of a dropped draft left in a cache."""
     rewards, base, tokens = mixtures(trained)[mixture], Count(trained.base), 0
     for prompt in trained.prompts:
         ids = torch.tensor([prompt])
         plain = prt.generate(trained.base, rewards, ids, length=50, end=trained.end)
-        assert torch.equal(prt.generate(base, rewards, ids, length=50, end=trained.end, speculative=True), plain)
+        fast = prt.generate(base, rewards, ids, length=50, end=trained.end, speculative=True)
+        assert torch.equal(fast, plain)
         new = plain[0, len(prompt):].tolist()
         tokens += new.index(trained.end) + 1 if trained.end in new else len(new)
     assert len(base.passes) < 0.8 * tokens  # it is worth something, its six prefills included
 
 
 def test_speculative_batch(trained):
-    """Rows of which one keeps more drafts than another, different prompts, one that ended before the others."""
+    """Rows of which one keeps more drafts than another, prompts of different lengths, rows that ended."""
     T = max(map(len, trained.prompts))
     pad = torch.tensor([T - len(prompt) for prompt in trained.prompts])
     ids = torch.tensor([[trained.end] * n + prompt for n, prompt in zip(pad, trained.prompts)])
     assert pad.any()
     for rewards in mixtures(trained).values():
-        plain, fast = (prt.generate(trained.base, rewards, ids, length=60, end=trained.end, pad=pad, speculative=s)
-                       for s in (False, True))
+        plain, fast = (prt.generate(trained.base, rewards, ids, length=60, end=trained.end, pad=pad,
+                                    speculative=speculative) for speculative in (False, True))
         assert torch.equal(plain, fast)
 
 
@@ -99,7 +102,7 @@ class Table(torch.nn.Module):
         super().__init__()
         self.logits = 1.5 * torch.randn(16, 4, generator=torch.Generator().manual_seed(seed))
 
-    def cache(self, batch, length, pad):
+    def cache(self, batch, length, pad=None):
         return SimpleNamespace(at=0, length=length, ids=torch.zeros(batch, length + 1, dtype=torch.long))
 
     def features(self, ids, cache, at=None):
@@ -194,7 +197,7 @@ def traced(monkeypatch):
 @pytest.mark.parametrize("mixture", ["prt", "eft"])
 @pytest.mark.parametrize("speculative", [False, True])
 def test_compiled_steps(trained, traced, mixture, speculative):
-    """A place that became a constant of the compiled step, keys of an earlier prompt in the rest of the cache."""
+    """A place that became a constant of the compiled step, places behind the last one that are seen."""
     rewards = mixtures(trained)[mixture]
     for prompt in trained.prompts:
         ids = torch.tensor([prompt])
@@ -210,8 +213,8 @@ def test_compiled_batch(trained, traced):
     T = max(map(len, trained.prompts))
     pad = torch.tensor([T - len(prompt) for prompt in trained.prompts])
     ids = torch.tensor([[trained.end] * n + prompt for n, prompt in zip(pad, trained.prompts)])
-    plain, fast = (prt.generate(trained.base, [(1.0, trained.reward)], ids, length=20, end=trained.end, pad=pad,
-                                compile=compile) for compile in (False, True))
+    plain, fast = (prt.generate(trained.base, [(1.0, trained.reward)], ids, length=20, end=trained.end,
+                                pad=pad, compile=compile) for compile in (False, True))
     assert torch.equal(plain, fast) and traced["ok"] == 1
 
 

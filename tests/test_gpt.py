@@ -758,7 +758,8 @@ def test_draw():
     g = torch.Generator().manual_seed(0)
 
     def shares(temperature=1.0, top_p=1.0):
-        drawn = prt.draw(prt.probabilities((p.log() + 3).expand(20_000, 5), temperature, top_p), temperature, g)
+        found = prt.probabilities((p.log() + 3).expand(20_000, 5), temperature, top_p)
+        drawn = prt.draw(found, temperature, g)
         assert drawn.shape == (20_000,)
         return torch.bincount(drawn, minlength=5) / 20_000
 
