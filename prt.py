@@ -281,7 +281,8 @@ def generate(base, rewards, ids, *, length, end=None, pad=None, temperature=0.0,
     speculative: the first reward drafts tokens with its own distribution, the base and the other rewards
         answer for all of them in one pass, and `accept` keeps those that the result may keep, so that its
         distribution stays that of Algorithm 2. Of EFT's rewards the tuned model drafts.
-    compile: torch.compile for the steps after the prompt, with CUDA graphs where there is CUDA.
+    compile: torch.compile for the steps after the prompt, with CUDA graphs where there is CUDA: a minute or
+        two for each set of models. The models must not be trained on after that.
 
     A policy has a KV `cache`, `features` and `head`, as models/gpt.py. The device is waited for once in eight
     tokens, or where something drafts, at each draft.
@@ -357,10 +358,18 @@ def scores(terms, ids, n, at=None):
 
 @functools.cache
 def compiled(device_type):
-    """`scores` with all its models in one graph: on CUDA a CUDA graph."""
+    """`scores` with all its models in one graph. On CUDA it is a CUDA graph. On a CPU the weights become
+
+    constants, packed for the fastest of several matrix products.
+    """
     torch._dynamo.config.recompile_limit = 64  # each set of models, each weight and each shape is one
     torch._dynamo.config.specialize_float = True  # a weight is a constant, not a tensor on the CPU
-    return torch.compile(scores, mode="reduce-overhead" if device_type == "cuda" else None)
+    if device_type == "cuda":
+        return torch.compile(scores, mode="reduce-overhead")
+    config = torch._inductor.config
+    config.freezing = config.max_autotune = True
+    config.autotune_num_choices_displayed, config.max_autotune_report_choices_stats = 0, False
+    return torch.compile(scores)
 
 
 def kept_cache(policy, i, batch, length, pad):

@@ -3,7 +3,7 @@ several.
 
 python tests/bench.py                                     GPT-2 and ViT-B-16, random weights
 python tests/bench.py --only speculative --reward out/small-reward.pt --base out/large.pt
-python tests/bench.py --only decode --threads 1 --compile
+python tests/bench.py --only decode --text small --compile
 python tests/bench.py --image ViT-L-14 --text qwen2.5-1.5b --batch 128 --json bench.json       on a GPU
 python tests/bench.py --only decode text_forward --text qwen2.5-7b                             on a GPU
 
@@ -286,7 +286,7 @@ def decode(args, device):
     ids = torch.randint(0, 50000, (1, 16), device=device, generator=torch.Generator(device).manual_seed(0))
     read = bandwidth(device)
     print(f"memory: {read / 1e9:.1f} GB/s")
-    for name in (args.text, "small"):
+    for name in dict.fromkeys((args.text, "small")):
         base = text_model(name, device, dtype)
         reward = text_model("small", device, dtype, vocab=base.arch["vocab"])
         rows = {"base": (base, [])}
