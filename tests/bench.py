@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,10 +28,12 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import eval as evaluation  # noqa: E402
 import prt  # noqa: E402
+import train_lm  # noqa: E402
 from data import images, text  # noqa: E402
 from models import weights  # noqa: E402
 from models.clip import CLIP, Classifier, normalize  # noqa: E402
 from models.gpt import GPT  # noqa: E402
+from models.tokenizer import Tokenizer  # noqa: E402
 
 TOWER = dict(embed_dim=512, text_width=512, text_layers=12, text_heads=8, context=77, vocab=49408,
              quick_gelu=False, mean=[0.5] * 3, std=[0.5] * 3)
@@ -402,8 +405,42 @@ def text_step(args, device):
     return dict(text_step_prt_vs_ft=reward / ft)
 
 
+def training(args, device):
+    """What `fit` and its flags are worth: a step's time with one thing changed over that of a step as it is.
+
+    Of the text batches, the share of padding with and without grouping by length.
+    """
+    adamw = torch.optim.AdamW
+
+    def not_fused(run):
+        def slower():
+            with mock.patch("torch.optim.AdamW", lambda params, fused, **given: adamw(params, **given)):
+                run()
+        return slower
+
+    text_runs = {"": text_trainer(args, device, "prt"),
+                 "text_step_compile": text_trainer(args, device, "prt", compile=True),
+                 "text_step_logits_at_once": text_trainer(args, device, "prt", chunk=10**9),
+                 "text_step_not_fused": not_fused(text_trainer(args, device, "prt"))}
+    image_runs = {"": image_trainer(args, device, "prt"),
+                  "image_step_compile": image_trainer(args, device, "prt", compile=True),
+                  "image_step_not_fused": not_fused(image_trainer(args, device, "prt"))}
+    ratios = {}
+    for runs in (text_runs, image_runs):
+        plain, *others = alternate(device, args.repeats, *runs.values())
+        ratios |= {name: seconds / plain for name, seconds in zip(list(runs)[1:], others)}
+    tokenizer = Tokenizer(train_lm.TOKENIZER.read_text(), "the embedded tokenizer")
+    data = text.encode(text.load("gsm8k", "train")[1], tokenizer, tokenizer.size - 1, 1024)
+    orders = dict(grouped=text.batches([len(ids) for ids in data.ids], 128, 50, 0),
+                  shuffled=lambda step: prt.shuffled(step, len(data.ids), 128, 0))
+    for name, indices in orders.items():
+        parts = [part for step in range(50) for part in indices(step).chunk(16)]
+        ratios[f"text_padding_{name}"] = text.padding(data, parts)
+    return ratios
+
+
 PARTS = {f.__name__: f for f in (decode, speculative, text_step, text_forward, image_step, image_forward,
-                                 image_memory)}
+                                 image_memory, training)}
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

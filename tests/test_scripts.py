@@ -3,6 +3,7 @@ import ast
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tokenize
@@ -72,12 +73,39 @@ def test_two_processes_equal_one(call, options):
     common = ("train_vision.py", "--base", "out/shapes-0/old.pt", "--steps", "4", "--batch", "16",
               "--lr", "1e-3", "--device", "cpu", *options)
     one, two = (f"{n}{len(options)}.pt" for n in ("one", "two"))
-    call(*common, "--accum", "2", "--out", one)
-    call("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *common, "--out", two)
+    printed = [call(*common, "--accum", "2", "--out", one), call(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *common, "--out", two)]
     a, b = (torch.load(call.folder / name, weights_only=True)["model"] for name in (one, two))
     start = torch.load(call.folder / "out/shapes-0/old.pt", weights_only=True)["model"]
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
     assert not torch.allclose(a["visual.proj"], start["visual.proj"], atol=1e-4)
+    (alone,), (together,) = (re.findall(r"4/4: (loss .* norm [\d.]+)", text) for text in printed)
+    assert alone == together
+
+
+def test_resume_on_another_number_of_processes(call):
+    """An unfinished run of two processes that one cannot go on with, or that starts anew."""
+    common = ("--base", "out/shapes-0/old.pt", "--steps", "4", "--batch", "16", "--lr", "1e-3",
+              "--device", "cpu")
+    (call.folder / "stop.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import prt, train_vision
+fit = prt.fit
+prt.fit = lambda policy, indices, *args, **options: fit(
+    policy, lambda step: 1 / 0 if step == 2 else indices(step), *args, **options)
+try:
+    prt.run(train_vision.main)
+except SystemExit as stop:
+    assert stop.code == 2
+""")
+    call("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(call.folder / "stop.py"),
+         *common, "--out", "stopped.pt")
+    assert torch.load(call.folder / "stopped.pt", weights_only=True)["step"] == 2
+    printed = call("train_vision.py", *common, "--accum", "2", "--out", "stopped.pt", "--resume")
+    assert "3/4" not in printed and "4/4" in printed
+    a, b = (torch.load(call.folder / name, weights_only=True)["model"] for name in ("two0.pt", "stopped.pt"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
 
 
 def test_interrupted_command_resumes(call):
