@@ -356,12 +356,14 @@ def speculative(args, device):
         lengths = [answer.index(end) + 1 if end in answer else len(answer) for answer in answers]
         work = {"base alone": run(base, [], lengths), f"base + {name}": run(base, rewards, lengths),
                 f"base + {name}, speculative": run(base, rewards, lengths, speculative=True)}
-        plain, fast = (work[label]() for label in list(work)[1:])
+        with mock.patch("prt.accept", wraps=prt.accept) as passes:
+            plain, fast = (work[label]() for label in list(work)[1:])
         same = statistics.mean(map(torch.equal, plain, fast))  # in bfloat16 rounding may decide
         seconds = dict(zip(work, alternate(device, args.repeats, *work.values())))
         for label, taken in seconds.items():
             print(f"{label}: {sum(lengths) / taken:.1f} tokens/s")
-        print(f"{same:.0%} of the answers are those of plain decoding, token by token")
+        print(f"{same:.0%} of the answers are those of plain decoding, token by token; "
+              f"{sum(lengths) / passes.call_count:.2f} tokens a pass of the base")
         alone, plain, fast = seconds.values()
         key = "speculative" if name == "prt" else "speculative_eft"
         ratios |= {f"{key}_vs_base": alone / fast, f"{key}_vs_{name}": plain / fast}
