@@ -8,8 +8,8 @@ network r(x, y), trained by cross-entropy on
 while the base stays frozen. The same r is then added to the log-probabilities of any other base with the same
 labels, without further training.
 
-`reward`, `tilt` and `prt_loss` are the maths, `fit` is Algorithm 1. Nothing here knows images, text or
-files: a policy is any module that maps inputs to logits [..., L].
+`reward`, `tilt` and `prt_loss` are the maths, `fit` is Algorithm 1, `generate` Algorithm 2. Nothing here
+knows images, text or files: a policy is any module that maps inputs to logits [..., L].
 """
 import argparse
 import functools
@@ -381,6 +381,7 @@ def kept_cache(policy, i, batch, length, pad):
     if (i, batch, length) not in kept:
         kept[i, batch, length] = policy.cache(batch, length)
         for tensor in (x for pair in kept[i, batch, length].kv for x in pair):
+            tensor.zero_()  # a step multiplies by 0 what it masks, and what memory held may be nan
             torch._dynamo.mark_static_address(tensor, guard=False)
     cache = kept[i, batch, length]
     cache.pad = pad

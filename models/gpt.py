@@ -22,9 +22,8 @@ class Cache:
 
     def __init__(self, arch, batch, length, device, dtype, pad=None):
         shape = batch, arch["kv_heads"], length, arch["head_width"]
-        # Zeros, since a compiled step multiplies what it masks by 0, and 0 times what memory held may be nan.
         layers = range(arch["layers"])
-        self.kv = [[torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"] for _ in layers]
+        self.kv = [[torch.empty(shape, device=device, dtype=dtype) for _ in "kv"] for _ in layers]
         self.at, self.length, self.pad = 0, length, pad
 
 

@@ -64,8 +64,11 @@ def save(path, checkpoint):
 
 
 def settings(args):
-    """The arguments that a run's result depends on; its checkpoint keeps them."""
-    return {k: v for k, v in vars(args).items() if k not in ("resume", "device", "compile", "out")}
+    """The arguments that a run's result depends on; its checkpoint keeps them. --accum may change with the
+
+    number of processes.
+    """
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "device", "compile", "out", "accum")}
 
 
 def unfinished(args):
