@@ -348,9 +348,9 @@ def generate(base, rewards, ids, *, length, end=None, pad=None, temperature=0.0,
 
 
 def scores(terms, ids, n, at=None):
-    """The sum of weight * logits of (weight, policy, cache) terms, float32 [B, n, L], behind the last n of
+    """What (weight, policy, cache) terms say behind the last n of the new ids [B, T], float32 [B, n, L]:
 
-    the new ids [B, T].
+    the sum of weight * logits. at: see models/gpt.py's `features`.
     """
     return sum(weight * policy.head(policy.features(ids, cache, at)[:, -n:]).float()
                for weight, policy, cache in terms)
@@ -358,9 +358,10 @@ def scores(terms, ids, n, at=None):
 
 @functools.cache
 def compiled(device_type):
-    """`scores` with all its models in one graph. On CUDA it is a CUDA graph. On a CPU the weights become
+    """`scores` with all its models in one graph.
 
-    constants, packed for the fastest of several matrix products.
+    On CUDA it is a CUDA graph. On a CPU the weights become constants, packed for the fastest of several
+    matrix products.
     """
     torch._dynamo.config.recompile_limit = 64  # each set of models, each weight and each shape is one
     torch._dynamo.config.specialize_float = True  # a weight is a constant, not a tensor on the CPU
@@ -373,9 +374,9 @@ def compiled(device_type):
 
 
 def kept_cache(policy, i, batch, length, pad):
-    """The cache of the i-th policy of a compiled step, the same in every call: a CUDA graph is recorded for
+    """The cache of the i-th policy of a compiled step, the same in every call.
 
-    memory that stays where it is, and changes it there.
+    A CUDA graph is recorded for memory that stays where it is, and changes it there.
     """
     kept = KEPT.setdefault(policy, {})
     if (i, batch, length) not in kept:
@@ -405,9 +406,10 @@ def probabilities(logits, temperature, top_p):
 
 
 def draw(p, temperature, generator=None):
-    """A sample [...] of p [..., L], which need not sum to 1. Unlike torch.multinomial it waits for no device:
+    """A sample [...] of p [..., L], which need not sum to 1; at temperature 0 its largest entry.
 
-    of exponentials with the rates p, the i-th is the first to come with probability p_i.
+    Of exponentials with the rates p, the i-th is the first to come with probability p_i / sum(p). Unlike
+    torch.multinomial this waits for no device.
     """
     if temperature:
         times = torch.empty_like(p).exponential_(generator=generator)

@@ -39,9 +39,10 @@ def frequencies(rope, width):
 
 
 def rotate(x, cos, sin):
-    """RoPE on x [B, H, T, D], whose first and second half are the pairs' coordinates: (a, b) becomes
+    """RoPE on x [B, H, T, D], whose first and second half are the pairs' coordinates.
 
-    (a cos - b sin, b cos + a sin). cos, sin [T, D]: for both halves, the sines of the first one negative.
+    (a, b) becomes (a cos - b sin, b cos + a sin). cos, sin [T, D]: for both halves, the sines of the first
+    one negative.
     """
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

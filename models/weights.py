@@ -64,11 +64,13 @@ def save(path, checkpoint):
 
 
 def settings(args):
-    """The arguments that a run's result depends on; its checkpoint keeps them. --accum may change with the
+    """The arguments that a run's result depends on; its checkpoint keeps them.
 
-    number of processes.
+    Tuning may go on with another --accum, as the number of processes asks for it. Not so `pretrain`, which
+    contrasts the images of a micro-batch.
     """
-    return {k: v for k, v in vars(args).items() if k not in ("resume", "device", "compile", "out", "accum")}
+    free = {"resume", "device", "compile", "out"} | ({"accum"} if args.method != "pretrain" else set())
+    return {k: v for k, v in vars(args).items() if k not in free}
 
 
 def unfinished(args):

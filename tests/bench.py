@@ -97,7 +97,6 @@ def operations(function):
 
 # Images
 
-
 def image_trainer(args, device, mode, **options):
     """A function that runs args.steps of `mode`: ft, prt, ft-augment or prt-augment, with the base that it
     needs."""

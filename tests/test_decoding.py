@@ -1,4 +1,5 @@
 """prt.generate faster: drafts that the base checks, and compiled steps, against plain decoding."""
+import copy
 import inspect
 import itertools
 import shutil
@@ -29,19 +30,21 @@ def trained():
                 lr=4e-3, head=GPT.head)
         return policy.requires_grad_(False)
 
-    def copy(model):
-        made = GPT(model.arch).eval()
-        made.load_state_dict(model.state_dict())
-        return made
-
     sizes = [train_lm.OLD | dict(vocab=tokenizer.size, end=end) | change for change in (
         dict(width=48, layers=3, heads=4, kv_heads=2, head_width=12, mlp=96),
         dict(width=32, head_width=8, mlp=64))]
     base, old = (train(GPT(size).eval(), f"arithmetic-{name}") for size, name in zip(sizes, ("new", "old")))
-    reward, tuned = (train(copy(old), "arithmetic", old, method) for method in ("prt", "ft"))
+    reward, tuned = (train(copy.deepcopy(old).requires_grad_(True), "arithmetic", old, method) for method in ("prt", "ft"))
     prompts = [text.token_ids(parts[:-1], tokenizer, end)[0]
                for _, parts in text.load("arithmetic", "test")[1][:6]]
     return SimpleNamespace(base=base, old=old, reward=reward, tuned=tuned, prompts=prompts, end=end)
+
+
+def padded(m):
+    """The prompts as one batch [6, T], and the padding at the left of each [6]."""
+    T = max(map(len, m.prompts))
+    pad = torch.tensor([T - len(prompt) for prompt in m.prompts])
+    return torch.tensor([[m.end] * n + prompt for n, prompt in zip(pad, m.prompts)]), pad
 
 
 def mixtures(m):
@@ -78,9 +81,7 @@ def test_speculative_greedy(trained, mixture):
 
 def test_speculative_batch(trained):
     """Rows of which one keeps more drafts than another, prompts of different lengths, rows that ended."""
-    T = max(map(len, trained.prompts))
-    pad = torch.tensor([T - len(prompt) for prompt in trained.prompts])
-    ids = torch.tensor([[trained.end] * n + prompt for n, prompt in zip(pad, trained.prompts)])
+    ids, pad = padded(trained)
     assert pad.any()
     for rewards in mixtures(trained).values():
         plain, fast = (prt.generate(trained.base, rewards, ids, length=60, end=trained.end, pad=pad,
@@ -210,9 +211,7 @@ def test_compiled_steps(trained, traced, mixture, speculative):
 
 def test_compiled_batch(trained, traced):
     """A mask without the padding, and places counted with it."""
-    T = max(map(len, trained.prompts))
-    pad = torch.tensor([T - len(prompt) for prompt in trained.prompts])
-    ids = torch.tensor([[trained.end] * n + prompt for n, prompt in zip(pad, trained.prompts)])
+    ids, pad = padded(trained)
     plain, fast = (prt.generate(trained.base, [(1.0, trained.reward)], ids, length=20, end=trained.end,
                                 pad=pad, compile=compile) for compile in (False, True))
     assert torch.equal(plain, fast) and traced["ok"] == 1
