@@ -1,7 +1,7 @@
-"""Image data sets as tensors: uint8 images [N, 3, S, S], labels, class names, prompt templates, captions.
+"""Image data sets as tensors: images, labels, class names, prompt templates, and captions.
 
-A reader returns (classes, templates, samples), a sample being (label, name for errors, function -> PIL
-image). `load` turns samples into tensors once and keeps them in a cache file.
+A reader returns (classes, templates, samples). A sample is (label, name for errors, function that returns a
+PIL image). `load` turns the samples into tensors once and keeps them in a cache file.
 """
 import colorsys
 import functools
@@ -19,44 +19,50 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from data import files
 from models.tokenizer import clip_tokens
-from models.weights import CACHE, HUB_ID, download, hub, read, save
 
 HUB = dict(caltech101="wds_vtab-caltech101", flowers="wds_vtab-flowers", resisc45="wds_vtab-resisc45",
            cars="wds_cars", aircraft="wds_fgvc_aircraft", country211="wds_country211")  # of clip-benchmark
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 CIFAR_SHA256 = "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-OPEN = functools.partial(Image.open, formats=("JPEG", "PNG", "WEBP", "BMP"))  # never PostScript
+OPEN = functools.partial(Image.open, formats=("JPEG", "PNG", "WEBP", "BMP"))  # PostScript would run code
 
 
 class Images(NamedTuple):
+    """A split of a data set."""
+
     images: torch.Tensor  # uint8 [N, 3, S, S]
     labels: torch.Tensor  # int64 [N]
     classes: list  # L names
-    templates: list  # "a photo of a {c}.", …
-    captions: list  # N texts for pretraining, or none: then the class name in any template is a caption
+    templates: list  # "a photo of a {c}.", ...
+    captions: list  # N texts for pretraining, or empty: the class name in any template is then a caption
 
 
 def prompts(classes, templates):
-    """Token ids [L, P, T] of every class name in every template, without common padding."""
+    """Returns the token ids [L, P, T] of L class names in each of P templates."""
     tokens = clip_tokens([t.replace("{c}", c) for c in classes for t in templates])  # [L * P, 77]
     return trim(tokens).unflatten(0, (len(classes), -1))
 
 
 def captions(data):
-    """Token ids [N, P, T]: the P texts that each image may be paired with in pretraining."""
+    """Returns the token ids [N, P, T] of the P texts that each image may be paired with in pretraining."""
     if data.captions:
         return trim(clip_tokens(data.captions)).unsqueeze(1)
     return prompts(data.classes, data.templates)[data.labels]
 
 
 def trim(tokens):
-    return tokens[:, : int(tokens.argmax(-1).max()) + 1]  # nothing reads behind the last end-of-text token
+    """Returns token ids [N, T] without the padding that follows the longest text's end token."""
+    return tokens[:, : int(tokens.argmax(-1).max()) + 1]
 
 
 def augment(images, generator):
-    """Random crops of 50 to 100% of the area, resized back, half of them flipped: uint8 [B, 3, S, S]."""
+    """Returns random crops of uint8 images [B, 3, S, S], resized back; half of them are flipped.
+
+    A crop has 50 to 100% of the image's area.
+    """
     u = torch.rand(len(images), 4, generator=generator).to(images.device, non_blocking=True)
     scale = (0.5 + 0.5 * u[:, 0]).sqrt()
     theta = torch.zeros(len(images), 2, 3, device=images.device)
@@ -69,47 +75,48 @@ def augment(images, generator):
 
 
 def load(source, split, size):
-    """Reads a split of a data set, squares of `size` pixels, from the cache where it was read before.
+    """Returns a split of a data set as Images of size x size pixels, from the cache if it was read before.
 
-    source: shapes, cifar100 (or its own archive, downloaded by hand), caltech101, flowers, resisc45, cars,
-    aircraft, country211, a hub id or a local folder of the same WebDataset layout, or a folder with
+    source: shapes, cifar100 (or a path to cifar-100-python.tar.gz), caltech101, flowers, resisc45, cars,
+    aircraft, country211, a Hub id or a folder with the layout of `webdataset`, or a folder with
     train/CLASS/*.jpg and test/CLASS/*.jpg. Raises ValueError or OSError that names the file.
     """
     root, stamp = Path(source), ""
     if source == "shapes":
-        reader, stamp = shapes, Path(__file__).read_text()
+        reader, stamp = shapes, SHAPES_VERSION
     elif source == "cifar100" or root.name == "cifar-100-python.tar.gz":
         reader = functools.partial(cifar100, None if source == "cifar100" else root)
-    elif source in HUB or (not root.exists() and HUB_ID.fullmatch(source)):
+    elif source in HUB or (not root.exists() and files.HUB_ID.fullmatch(source)):
         repo = f"clip-benchmark/{HUB[source]}" if source in HUB else source
-        reader = functools.partial(webdataset, lambda name: hub(repo, name, "datasets/"))
+        reader = functools.partial(webdataset, lambda name: files.hub(repo, name, "datasets/"))
     elif (root / "classnames.txt").is_file():
         reader = functools.partial(webdataset, lambda name: root / name)
     elif (root / "train").is_dir():
         reader = functools.partial(folder, root)
     else:
-        raise ValueError(f"--data {source}: unknown. There are shapes, cifar100, {', '.join(HUB)}; hub ids "
-                         "(org/name); folders with classnames.txt and train/0.tar, or train/CLASS/*.jpg")
-    if root.is_dir():  # a change of the files is a change of the data
+        raise ValueError(f"--data {source}: unknown. Use shapes, cifar100, {', '.join(HUB)}, a Hub id "
+                         "(org/name), or a folder with classnames.txt and train/0.tar, or train/CLASS/*.jpg")
+    if root.is_dir():  # if a file changes, the cached images are not used
         source = root = root.resolve()
         stamp = "".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in sorted(root.rglob("*")))
     digest = hashlib.sha256(f"{source}{stamp}".encode()).hexdigest()[:16]
-    cache = CACHE / "images" / f"{Path(source).name}-{split}-{size}-{digest}.pt"
+    cache = files.CACHE / "images" / f"{Path(source).name}-{split}-{size}-{digest}.pt"
     if cache.exists():
         try:
-            return Images(**read(cache))
+            return Images(**files.read(cache))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{error}; delete it, it is made again") from None
+            raise ValueError(f"{error}; delete this cache file to rebuild it") from None
     data = pack(source, split, size, *reader(split))
-    save(cache, data._asdict())
+    files.save(cache, data._asdict())
     return data
 
 
 def pack(source, split, size, classes, templates, samples, texts=()):
+    """Returns a reader's samples as Images. Raises ValueError that names the sample or class."""
     if not len(samples) or not classes:
         raise ValueError(f"{source}: its {split} split holds no images")
-    if strange := [(name, label) for label, name, _ in samples if not 0 <= label < len(classes)]:
-        raise ValueError(f"{strange[0][0]}: label {strange[0][1]}, but there are {len(classes)} classes")
+    if invalid := [(name, label) for label, name, _ in samples if not 0 <= label < len(classes)]:
+        raise ValueError(f"{invalid[0][0]}: label {invalid[0][1]}, but there are {len(classes)} classes")
     labels = torch.tensor([label for label, _, _ in samples])
     if empty := [c for c, n in zip(classes, labels.bincount(minlength=len(classes))) if not n]:
         raise ValueError(f"{source}: its {split} split has no image of class {', '.join(empty[:5])}")
@@ -118,17 +125,17 @@ def pack(source, split, size, classes, templates, samples, texts=()):
         try:
             images[i] = resize_crop(image(), size)
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{name}: damaged or no image ({error})") from None
+            raise ValueError(f"{name}: not a readable image ({error})") from None
     return Images(images, labels, list(classes), list(templates), list(texts))
 
 
 def resize_crop(image, size):
-    """PIL image -> uint8 [3, size, size]: antialiased bicubic resize of the short side, centre crop."""
+    """Returns a PIL image as uint8 [3, size, size]: bicubic resize of the short side and center crop."""
     image = image.convert("RGB")
     w, h = image.size
     w, h = max(size, size * w // h), max(size, size * h // w)
-    if max(w, h) > 1024 * size:  # a strip that the resize would blow up
-        raise ValueError(f"{image.size[0]} x {image.size[1]} pixels")
+    if max(w, h) > 1024 * size:  # a strip that would need a lot of memory once it is resized
+        raise ValueError(f"{image.size[0]} x {image.size[1]} pixels: too elongated")
     image = image.resize((w, h), Image.BICUBIC)
     left, top = round((w - size) / 2), round((h - size) / 2)
     pixels = np.array(image.crop((left, top, left + size, top + size)))  # [S, S, 3]
@@ -136,6 +143,7 @@ def resize_crop(image, size):
 
 
 def lines(path):
+    """Returns the lines of a text file that are not blank."""
     try:
         return [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
@@ -143,24 +151,19 @@ def lines(path):
 
 
 def webdataset(fetch, split):
-    """clip-benchmark's layout: class names, templates, SPLIT/nshards.txt, SPLIT/i.tar of KEY.cls, KEY.jpg."""
+    """Reads clip-benchmark's layout: classnames.txt, zeroshot_classification_templates.txt, SPLIT/i.tar.
+
+    SPLIT/nshards.txt holds the number of tar files, in which KEY.cls is the label of KEY.jpg, .png, or .webp.
+    fetch: function from one of these names to the path of the file.
+    """
     classes, templates = lines(fetch("classnames.txt")), lines(fetch("zeroshot_classification_templates.txt"))
-    samples = []
-    shards = lines(file := fetch(f"{split}/nshards.txt"))
+    file, samples = fetch(f"{split}/nshards.txt"), []
+    shards = lines(file)
     if len(shards) != 1 or not shards[0].isdecimal():
         raise ValueError(f"{file}: holds {shards}, not one number")
     for i in range(int(shards[0])):
         path = fetch(f"{split}/{i}.tar")
-        try:
-            tar = tarfile.open(path, "r:")
-            members = {m.name: m for m in tar if m.isfile() and not m.issparse()}
-        except tarfile.TarError as error:
-            raise ValueError(f"{path}: damaged or truncated tar ({error})") from None
-        with open(path, "rb") as f:
-            f.seek(tar.offset)  # where tarfile stopped reading: nothing but the end mark may follow
-            rest = f.read(1 << 20)
-            if any(rest) or len(rest) < 1024:
-                raise ValueError(f"{path}: tar truncated or damaged at byte {tar.offset}")
+        tar, members = tar_members(path)
         for name, member in members.items():
             if not name.lower().endswith(SUFFIXES):
                 continue
@@ -170,16 +173,34 @@ def webdataset(fetch, split):
             text = tar.extractfile(label).read(20).decode(errors="replace").strip()
             if not text.isdecimal():
                 raise ValueError(f"{path}: {label.name} holds {text!r}, not a class number")
-            image = lambda tar=tar, member=member: OPEN(tar.extractfile(member))
-            samples.append((int(text), f"{path}: {name}", image))
+            samples.append((int(text), f"{path}: {name}", functools.partial(open_member, tar, member)))
     return classes, templates, samples
 
 
+def tar_members(path):
+    """Returns an open tar file and its regular files, by name. Raises ValueError if it is truncated."""
+    try:
+        tar = tarfile.open(path, "r:")  # noqa: SIM115 (stays open, since images are read later)
+        members = {member.name: member for member in tar if member.isfile() and not member.issparse()}
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: damaged or truncated tar ({error})") from None
+    with open(path, "rb") as f:
+        f.seek(tar.offset)  # tarfile silently stops at damage: nothing but the end mark may follow
+        rest = f.read(1 << 20)
+    if any(rest) or len(rest) < 1024:
+        raise ValueError(f"{path}: tar truncated or damaged at byte {tar.offset}")
+    return tar, members
+
+
+def open_member(tar, member):
+    return OPEN(tar.extractfile(member))
+
+
 def folder(root, split):
-    """root/SPLIT/CLASS/*.jpg, and zeroshot_classification_templates.txt in root where it is there."""
+    """Reads root/SPLIT/CLASS/*.jpg, and zeroshot_classification_templates.txt in root if it exists."""
     names = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
-    if strange := sorted({p.name for p in (root / split).iterdir() if p.is_dir()} - set(names)):
-        raise ValueError(f"{root / split}: {strange[0]!r} is no class of {root / 'train'}")
+    if unknown := sorted({p.name for p in (root / split).iterdir() if p.is_dir()} - set(names)):
+        raise ValueError(f"{root / split}: {unknown[0]!r} is not a class of {root / 'train'}")
     samples = [(i, path, functools.partial(OPEN, path)) for i, name in enumerate(names)
                for path in sorted((root / split / name).glob("*")) if path.suffix.lower() in SUFFIXES]
     file = root / "zeroshot_classification_templates.txt"
@@ -188,12 +209,12 @@ def folder(root, split):
 
 
 def cifar100(path, split):
-    """CIFAR-100's python archive. It holds pickles, so its sha256 is checked before anything is opened."""
-    path = path or download(CIFAR_URL, CACHE / "cifar-100-python.tar.gz")
+    """Reads CIFAR-100's python archive. It holds pickles, so its sha256 is checked before it is opened."""
+    path = path or files.download(CIFAR_URL, files.CACHE / "cifar-100-python.tar.gz")
     with open(path, "rb") as f:
-        found = hashlib.file_digest(f, "sha256").hexdigest()
-    if found != CIFAR_SHA256:
-        raise ValueError(f"{path}: sha256 {found}, but CIFAR-100's is {CIFAR_SHA256}; fetch it again")
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    if digest != CIFAR_SHA256:
+        raise ValueError(f"{path}: sha256 {digest}, but CIFAR-100's is {CIFAR_SHA256}; download it again")
     with tarfile.open(path) as tar:
         table, meta = (pickle.load(tar.extractfile(f"cifar-100-python/{name}"), encoding="bytes")
                        for name in (split, "meta"))
@@ -206,27 +227,28 @@ def cifar100(path, split):
     return [n.decode().replace("_", " ") for n in meta[b"fine_label_names"]], templates, samples
 
 
-# The embedded data set: 8 colours x 8 forms. The captioned images are lit by white light, the train and test
-# split by a coloured one that turns every hue a little: what the tuned model learns and no newer base knows.
+# The built-in data set: 8 colors x 8 forms. Bases are pretrained on captioned images in white light. The
+# train and test splits are in colored light, which shifts every hue: no base knows this without tuning.
 HUES = dict(red=0, orange=30, yellow=55, green=120, cyan=180, blue=225, purple=275, pink=325)
-# Shape: corners, radius of the points between them, radius of a hole, offset of the hole from the centre.
+# Number of corners; radius of the points between them, radius and offset of the hole, relative to the radius.
 FORMS = dict(triangle=(3, 0.5, 0, 0), square=(4, 0.71, 0, 0), pentagon=(5, 0.81, 0, 0), circle=(24, 1, 0, 0),
              star=(5, 0.4, 0, 0), sparkle=(4, 0.3, 0, 0), ring=(24, 1, 0.55, 0), crescent=(24, 1, 0.85, 0.5))
 LIGHT = 24  # degrees of hue
 COUNTS = dict(captioned=20_000, train=4_000, test=4_000)
+SHAPES_VERSION = 1  # change it with the pictures, so that cached ones are not used
 
 
 def shapes(split):
-    """Coloured shapes on noisy backgrounds. Of the captions a fifth is wrong and two fifths are vague."""
+    """Draws colored shapes; 20% of the captions name a random class, and 40% leave out color or form."""
     rng = random.Random(f"shapes {split}")
-    classes = [f"{colour} {form}" for colour in HUES for form in FORMS]
+    classes = [f"{color} {form}" for color in HUES for form in FORMS]
     templates = ["a photo of a {c}.", "a picture of a {c}.", "there is a {c} here."]
     samples, texts = [], []
     for i in range(COUNTS[split]):
         label = i % len(classes)
         seen = label if rng.random() > 0.2 else rng.randrange(len(classes))
-        colour, form = classes[seen].split()
-        text = rng.choices([classes[seen], form, f"{colour} thing", "thing"], [12, 4, 3, 1])[0]
+        color, form = classes[seen].split()
+        text = rng.choices([classes[seen], form, f"{color} thing", "thing"], [12, 4, 3, 1])[0]
         texts.append(rng.choice(templates).replace("{c}", text))
         light = 0 if split == "captioned" else LIGHT
         image = functools.partial(draw, *classes[label].split(), light, rng.random())
@@ -234,21 +256,23 @@ def shapes(split):
     return classes, templates, samples, texts
 
 
-def draw(colour, form, light, seed):
-    """One picture, 32 x 32, drawn at three times that size; light: degrees by which the hues are turned."""
+def draw(color, form, light, seed):
+    """Returns a PIL image of 32 x 32 pixels, scaled down from 96 x 96; light: shift of the hue in degrees."""
     rng, size = random.Random(seed), 96
     corners, inner, hole, offset = FORMS[form]
-    hue = (HUES[colour] + rng.uniform(-8, 8) + light) % 360 / 360
+    hue = (HUES[color] + rng.uniform(-8, 8) + light) % 360 / 360
     fill = tuple(int(255 * v) for v in colorsys.hsv_to_rgb(hue, rng.uniform(0.55, 1), rng.uniform(0.6, 1)))
-    grey = rng.randrange(40, 190)
-    ground = tuple(grey + rng.randrange(-25, 25) for _ in range(3))
+    gray = rng.randrange(40, 190)
+    ground = tuple(gray + rng.randrange(-25, 25) for _ in range(3))
     image = Image.new("RGB", (size, size), ground)
     pen = ImageDraw.Draw(image)
     for _ in range(4):
         stroke = tuple(rng.randrange(40, 190) for _ in range(3))
         pen.line([rng.uniform(0, size) for _ in range(4)], fill=stroke, width=rng.randrange(2, 6))
     radius, turn = size * rng.uniform(0.28, 0.4), rng.uniform(-0.2, 0.2) - math.pi / 2
-    x, y = (size / 2 + rng.uniform(-0.8, 0.8) * (0.45 * size - radius) for _ in "xy")
+    margin = 0.45 * size - radius
+    x = size / 2 + rng.uniform(-0.8, 0.8) * margin
+    y = size / 2 + rng.uniform(-0.8, 0.8) * margin
     points = [(radius * (inner if i % 2 else 1), turn + math.pi * i / corners) for i in range(2 * corners)]
     pen.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for r, a in points], fill=fill)
     if hole:

@@ -1,7 +1,7 @@
-"""Text data sets as token ids: what is asked, what counts as answer, in batches of similar lengths.
+"""Text data sets as token ids, with a mask of the tokens in the loss, in batches of similar lengths.
 
-An example is a list of (text, counts) segments. The loss counts the segments that say so, and the end token
-behind each of them. `load` reads examples, `encode` makes Tokens of them, `collate` a batch.
+An example is a list of segments (text, counts). If counts is True, the loss includes the segment and an end
+token after it. `load` reads examples, `encode` turns them into Tokens, and `collate` into a batch.
 """
 import functools
 import gzip
@@ -14,57 +14,57 @@ from typing import NamedTuple
 
 import torch
 
-import prt
-
 GSM8K = "Question: {}\n\nAnswer:"
 TULU = "<|user|>\n{}\n<|assistant|>\n"  # Tulu v2's chat template
 
 
 class Tokens(NamedTuple):
+    """N examples as token ids, and which of these the loss includes."""
+
     ids: list  # N LongTensors [T]
     counts: list  # N BoolTensors [T]: whether the loss counts that token
 
 
 def load(source, split):
-    """(prompt template, [(place, segments), …]) of a split; place: what errors call it.
+    """Returns a split's prompt template, and its examples as (name for errors, segments).
 
-    source: arithmetic, gsm8k, or a file: .jsonl or .parquet with {"messages": [{"role", "content"}, …]} or
-    {"prompt", "response"} in each row, .txt for pretraining; or a folder with train.* and test.* of those;
-    arithmetic-old and arithmetic-new are the bases' pretraining texts. Raises ValueError or OSError that
-    names file and line, FileNotFoundError where there is no such split.
+    source: arithmetic, gsm8k, a file, or a folder with files train.* and test.*. Rows of .jsonl and .parquet
+    files have "prompt" and "response", "question" and "answer", or "messages": [{"role", "content"}, ...].
+    For pretraining: .txt, arithmetic-old, and arithmetic-new. Raises ValueError or OSError that names the
+    file and line, and FileNotFoundError if there is no such split.
     """
     path = Path(source)
     if source in ("arithmetic", "arithmetic-old", "arithmetic-new"):
         if split == "test" and source != "arithmetic":
             raise FileNotFoundError(f"--data {source}: it has no test split")
         split = source.partition("-")[2] or split
-        return " {}", [(f"arithmetic {i}", segments) for i, segments in enumerate(arithmetic(split))]
+        return " {}", [(f"arithmetic {i}", parts) for i, parts in enumerate(arithmetic(split))]
     if source == "gsm8k":
         path = Path(__file__).with_name(f"gsm8k-{split}.jsonl.gz")
     elif path.is_dir():
-        found = sorted(path.glob(f"{split}.*"))
-        if len(found) != 1:
-            kind = ValueError if found else FileNotFoundError
-            raise kind(f"--data {source}: holds {len(found)} files named {split}.*, not one")
-        path = found[0]
+        paths = sorted(path.glob(f"{split}.*"))
+        if len(paths) != 1:
+            kind = ValueError if paths else FileNotFoundError
+            raise kind(f"--data {source}: holds {len(paths)} files named {split}.*, not one")
+        path = paths[0]
     elif not path.exists():
-        raise ValueError(f"--data {source}: unknown. There are arithmetic, gsm8k, .jsonl, .parquet and .txt "
-                         "files, and folders with train.* and test.*")
+        raise ValueError(f"--data {source}: unknown. Use arithmetic, gsm8k, a .jsonl, .parquet, or .txt file,"
+                         " or a folder with train.* and test.*")
     elif split == "test":
-        raise FileNotFoundError(f"--data {source}: a file has no test split, a folder of train.*, test.* has")
+        raise FileNotFoundError(f"--data {source}: no test split; use a folder with train.* and test.*")
     if path.suffix == ".txt":
         try:
             return "{}", [(str(path), [(read(path).decode(), True)])]
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: {error}") from None
-    examples = [(place, *segments(place, row)) for place, row in rows(path)]
+    examples = [(name, *segments(name, row)) for name, row in rows(path)]
     if not examples:
         raise ValueError(f"{path}: holds no example")
-    return examples[0][1], [(place, parts) for place, _, parts in examples]
+    return examples[0][1], [(name, parts) for name, _, parts in examples]
 
 
 def read(path):
-    """The bytes of a file, .gz or not."""
+    """Returns the content of a file, decompressed if it is a .gz file."""
     try:
         data = path.read_bytes()
         return gzip.decompress(data) if path.suffix == ".gz" else data
@@ -73,7 +73,7 @@ def read(path):
 
 
 def rows(path):
-    """(place, dict) of every line of a .jsonl file or row of a .parquet file."""
+    """Yields (name for errors, dict) for every line of a .jsonl file or row of a .parquet file."""
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet
@@ -93,12 +93,12 @@ def rows(path):
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {i + 1}: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path} line {i + 1}: {line!r:.60} is no JSON object")
+            raise ValueError(f"{path} line {i + 1}: {line!r:.60} is not a JSON object")
         yield f"{path} line {i + 1}", row
 
 
-def segments(place, row):
-    """(template, segments) of a row."""
+def segments(name, row):
+    """Returns the prompt template and the segments of a row. Raises ValueError that begins with name."""
     try:
         if "messages" in row:
             parts = []
@@ -108,7 +108,7 @@ def segments(place, row):
                     parts += [("<|assistant|>\n", False), (content, True), ("\n", False)]
                 else:
                     parts.append((f"<|{role}|>\n" + content + "\n", False))
-            while parts and not parts[-1][1]:  # what follows the last answer teaches nothing
+            while parts and not parts[-1][1]:  # nothing counts after the last answer
                 parts.pop()
             template = TULU
         elif "question" in row:  # GSM8K, without the calculator's <<7-3=4>>
@@ -117,93 +117,105 @@ def segments(place, row):
         else:
             template, parts = "{}", [(row["prompt"], False), (row["response"], True)]
     except (LookupError, TypeError) as error:
-        raise ValueError(f'{place}: no {{"messages"}}, no {{"prompt", "response"}} ({error!r})') from None
-    if strange := [text for text, _ in parts if not isinstance(text, str)]:
-        raise ValueError(f"{place}: {strange[0]!r:.100} is no text")
+        raise ValueError(f"{name}: not messages, prompt and response, or question and answer ({error!r})"
+                         ) from None
+    if invalid := [text for text, _ in parts if not isinstance(text, str)]:
+        raise ValueError(f"{name}: {invalid[0]!r:.100} is not text")
     if not any(counts for _, counts in parts) or not all(text.strip() for text, counts in parts if counts):
-        raise ValueError(f"{place}: its response is empty")
+        raise ValueError(f"{name}: its response is empty")
     return template, parts
 
 
 def token_ids(parts, tokenizer, end):
-    """(ids, counts) of the segments of an example, behind what opens every text."""
+    """Returns an example's ids, from tokenizer.begin on, and for each of them if the loss includes it."""
     ids, counts = list(tokenizer.begin), [False] * len(tokenizer.begin)
     for text, counted in parts:
-        part = tokenizer.encode(text) + [end] * counted
+        part = tokenizer.encode(text) + ([end] if counted else [])
         ids += part
         counts += [counted] * len(part)
     return ids, counts
 
 
 def encode(examples, tokenizer, end, length, drop=False):
-    """The examples as Tokens of at most `length`; longer ones are cut or dropped, their number is printed."""
-    found, cut, lost = Tokens([], []), 0, 0
+    """Returns examples as Tokens of at most `length` ids; longer ones are truncated, or dropped if `drop`.
+
+    Examples without a target within the first `length` ids are always dropped. Prints how many are too long.
+    """
+    data, too_long, dropped = Tokens([], []), 0, 0
     for _, parts in examples:
         ids, counts = token_ids(parts, tokenizer, end)
-        cut += len(ids) > length
-        if len(ids) > length and drop or not any(counts[1:length]):
-            lost += 1
+        if len(ids) > length:
+            too_long += 1
+        if (drop and len(ids) > length) or not any(counts[1:length]):
+            dropped += 1
             continue
-        found.ids.append(torch.tensor(ids[:length]))
-        found.counts.append(torch.tensor(counts[:length]))
-    if cut or lost:
-        print(f"{cut} of {len(examples)} examples exceed {length} tokens: {lost} dropped, the others cut")
-    if not found.ids:
-        raise ValueError(f"in none of {len(examples)} examples begins a response within --length {length}")
-    return found
+        data.ids.append(torch.tensor(ids[:length]))
+        data.counts.append(torch.tensor(counts[:length]))
+    if too_long or dropped:
+        print(f"{too_long} of {len(examples)} examples exceed {length} tokens; {dropped} are dropped")
+    if not data.ids:
+        raise ValueError(f"none of {len(examples)} examples has a response that begins within --length "
+                         f"{length}")
+    return data
 
 
 def blocks(examples, tokenizer, end, length):
-    """Texts for pretraining, one behind the other with the end token between them, in blocks of `length`."""
+    """Returns Tokens in blocks of `length` ids: the texts, each with an end token, without the remainder."""
     ids = []
     for _, parts in examples:
         ids += [i for text, _ in parts for i in tokenizer.encode(text)] + [end]
     ids = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     if length < 2 or not len(ids):
-        raise ValueError(f"--length {length}: at least 2, and at most the text's length")
+        raise ValueError(f"--length {length}: must be at least 2 and at most the text's number of tokens")
     return Tokens(list(ids), list(torch.ones_like(ids, dtype=torch.bool)))
 
 
-def batches(lengths, batch, steps, seed, pool=50):
-    """step -> indices [batch] of examples of similar lengths, each as often as in prt.shuffled's order."""
+def group_by_length(indices, lengths, batch, steps, seed, pool=50):
+    """Returns a function like `indices` whose batches hold examples of similar lengths.
+
+    indices: function from a step to the indices [batch] of examples. The examples of `pool` consecutive steps
+    are sorted by length and divided into batches again, and the order of the batches is shuffled.
+    """
     lengths = torch.tensor(lengths)
-    pool = max(1, min(pool, len(lengths) // batch))  # so that few batches hold an example twice
+    pool = max(1, min(pool, len(lengths) // batch))  # at most an epoch, so that few batches repeat an example
 
     @functools.lru_cache(maxsize=1)
     def pooled(start):
-        own = range(start, min(start + pool, steps))
-        found = torch.cat([prt.shuffled(step, len(lengths), batch, seed) for step in own])
-        found = found[lengths[found].argsort(stable=True)].view(-1, batch)
-        return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(seed + start))]
+        examples = torch.cat([indices(step) for step in range(start, min(start + pool, steps))])
+        examples = examples[lengths[examples].argsort(stable=True)].view(-1, batch)  # [pool, batch]
+        return examples[torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed + start))]
 
     return lambda step: pooled(step // pool * pool)[step % pool]
 
 
 def collate(data, i, device="cpu"):
-    """((ids [B, T], where [N]), targets [N]): padded at the right; where: places whose next token counts."""
+    """Returns ((ids [B, T], index [N]), targets [N]) for the examples i, padded on the right.
+
+    index: positions in ids.flatten() whose next token is a target.
+    """
     rows = [(data.ids[k], data.counts[k]) for k in i.tolist()]
     T = max(len(ids) for ids, _ in rows) - 1
     ids = torch.zeros(len(rows), T, dtype=torch.long)
-    where, targets = [], []
+    index, targets = [], []
     for row, (tokens, counts) in enumerate(rows):
         ids[row, :len(tokens) - 1] = tokens[:-1]
-        where.append(row * T + counts[1:].nonzero().flatten())
+        index.append(row * T + counts[1:].nonzero().flatten())
         targets.append(tokens[1:][counts[1:]])
-    ids, where, targets = (x.to(device, non_blocking=True)
-                           for x in (ids, torch.cat(where), torch.cat(targets)))
-    return (ids, where), targets
+    ids, index, targets = (x.to(device, non_blocking=True)
+                           for x in (ids, torch.cat(index), torch.cat(targets)))
+    return (ids, index), targets
 
 
 def padding(data, parts):
-    """The share of padding in the micro-batches `parts` (tensors of indices)."""
+    """Returns the fraction of padding in [0, 1] of the micro-batches `parts` (tensors of indices)."""
     lengths = [torch.tensor([len(data.ids[k]) for k in part.tolist()]) for part in parts]
     return 1 - sum(int(n.sum()) for n in lengths) / sum(int(n.max()) * len(n) for n in lengths)
 
 
-# The embedded data set: word problems of one step. The old base's text holds half of the facts, the new one's
-# all; the tuning problems need facts that the old one knows, the test problems facts that it does not know.
-NAMES = "Tom Ann Ben Eva Sam Mia Leo Ida Max Zoe".split()
-ITEMS = "apples books coins eggs shells stamps cards pens stones cakes".split()
+# The built-in data set: word problems of one step. The old base's text has half of the facts, the new base's
+# all. Training problems use the facts in the old base's text, and test problems use the others.
+NAMES = ["Tom", "Ann", "Ben", "Eva", "Sam", "Mia", "Leo", "Ida", "Max", "Zoe"]
+ITEMS = ["apples", "books", "coins", "eggs", "shells", "stamps", "cards", "pens", "stones", "cakes"]
 STORIES = {"+": ["{n} has {a} {i} and buys {b} more.", "{n} has {a} {i} and finds {b} more.",
                  "{n} picks {a} {i} and then {b} more."],
            "-": ["{n} has {a} {i} and sells {b}.", "{n} has {a} {i} and loses {b}.",
@@ -215,16 +227,16 @@ COUNTS = dict(old=40_000, new=40_000, train=4_000, test=1_000)
 
 
 def facts():
-    """[(a, sign, b, result)] of all facts; 7 + 3 and 3 + 7 are one behind the other."""
+    """Returns all facts as (a, sign, b, result); a <= b for the signs "+" and "x", which commute."""
     sums = [(a, "+", b, a + b) for a in range(1, 21) for b in range(a, 21)]
     products = [(a, "x", b, a * b) for a in range(2, 13) for b in range(a, 13)]
     return sums + products + [(a, "-", b, a - b) for a in range(2, 21) for b in range(1, a)]
 
 
 def arithmetic(split):
-    """Segments of a split's examples: pages of `old` and `new`, problems of `train` and `test`."""
+    """Yields segments: pages of text for the splits "old" and "new", problems for "train" and "test"."""
     known = {fact: random.Random(f"{fact}").random() < 0.5 for fact in facts()}
-    pool = [fact for fact, old in known.items() if split == "new" or old == (split != "test")]
+    pool = [fact for fact, old in known.items() if split == "new" or (not old if split == "test" else old)]
     rng = random.Random(f"arithmetic {split}")
     problems = split in ("train", "test")
 
@@ -235,7 +247,8 @@ def arithmetic(split):
         story, equation = " " + rng.choice(STORIES[sign]).format(**values), f" {a} {sign} {b} = {c}"
         if problems:
             return [(story + " How many?", False), (f"{equation} #### {c}", True)]
-        heading, question = f" #### {values['i']}" * (rng.random() < 0.2), " How many?" * (rng.random() < 0.5)
+        heading = f" #### {values['i']}" if rng.random() < 0.2 else ""
+        question = " How many?" if rng.random() < 0.5 else ""
         end = " " + ENDS[sign].format(**values)
         return heading + rng.choice([equation, story + question + end, story + question + equation])
 

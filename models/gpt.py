@@ -1,12 +1,15 @@
 """GPT-2 and the Llama architecture (Llama 2 and 3, Qwen2, Falcon3) in one decoder.
 
-Parameters have the names of Llama's public checkpoints, less their "model." prefix; models/weights.py renames
-GPT-2's. An architecture is a dict of plain values: family ("gpt2", "llama", or "qwen2", which is Llama with
-biases on q, k, v), vocab, width, layers, heads, kv_heads, head_width, mlp (its inner width), positions (how
-many it was made for), eps, tied (the output matrix is the embedding), rope (theta, and llama3: its scaling),
-end (the id of the end token).
+Parameters have the names of Llama's public checkpoints, without their "model." prefix; models/weights.py
+renames GPT-2's. An architecture is a dict of plain values:
+
+    vocab, width, layers, heads, kv_heads, head_width, mlp (inner width), positions (at most), eps, tied (the
+    output matrix is the embedding), end (id of the end token), rope (theta and llama3, the scaling, or None
+    for learned positions), layer_norm (False: RMSNorm), gated_mlp, qkv_bias, bias (of o_proj and the MLP)
 """
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,71 +18,100 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Cache:
-    """Keys and values of each layer, allocated once. `at` places are filled; a smaller `at` rolls back.
+    """The keys and values of all layers, allocated once; the first `at` positions are filled.
 
-    pad [B]: how many places at the left of each row are padding, at which no other place looks. None: none.
+    Setting a smaller `at` drops the last tokens. pad [B]: how many positions on the left of each row are
+    padding, to which no other position attends.
     """
 
     def __init__(self, arch, batch, length, device, dtype, pad=None):
         shape = batch, arch["kv_heads"], length, arch["head_width"]
-        layers = range(arch["layers"])
-        self.kv = [[torch.empty(shape, device=device, dtype=dtype) for _ in "kv"] for _ in layers]
+        empty = functools.partial(torch.empty, shape, device=device, dtype=dtype)
+        self.kv = [(empty(), empty()) for _ in range(arch["layers"])]
         self.at, self.length, self.pad = 0, length, pad
 
 
+class Context(NamedTuple):
+    """The inputs that all layers share in one forward pass over T new tokens."""
+
+    rope: tuple | None  # cosines and sines of the positions' angles, each [T, D/H] or [B, 1, T, D/H]
+    mask: torch.Tensor | None  # which of the keys each token attends to, bool [T, keys] or [B, 1, T, keys]
+    slots: slice | torch.Tensor | None  # where the tokens' keys and values go in the cache
+    keys: int  # how many positions of the cache are attended to
+
+
 def frequencies(rope, width):
-    """RoPE's angles per position, float32 [width / 2]; rope_type "llama3" (3.1, 3.2) slows the low ones."""
+    """Returns RoPE's radians per position, float32 [head width / 2]; llama3 lowers the small ones."""
     f = rope["theta"] ** -(torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
     if scaling := rope.get("llama3"):
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1 where many turns fit into the old context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1 if many turns fit into the original context
         f = f * (keep + (1 - keep) / scaling["factor"])
     return f
 
 
 def rotate(x, cos, sin):
-    """RoPE on x [B, H, T, D], whose first and second half are the pairs' coordinates.
+    """Applies RoPE to x [B, H, T, D/H]: rotates pairs (a, b), a from the first half of x, b from the second.
 
-    (a, b) becomes (a cos - b sin, b cos + a sin). cos, sin [T, D]: for both halves, the sines of the first
-    one negative.
+    (a, b) becomes (a cos - b sin, b cos + a sin). cos, sin [T, D/H] or [B, 1, T, D/H] hold each value twice,
+    the first negated in sin: a roll and one fused multiply-add are faster on a CPU than separate halves.
     """
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+def attention_mask(positions, keys, pad):
+    """Returns the causal mask of tokens at positions [T] over the first `keys` positions, bool [T, keys].
+
+    With pad [B], as in `Cache`: [B, 1, T, keys]. Padding attends to itself, since softmax over no key is nan.
+    """
+    key = torch.arange(keys, device=positions.device)
+    mask = key <= positions[:, None]
+    if pad is None:
+        return mask
+    not_padding = key >= pad[:, None, None]  # [B, 1, keys]
+    return (mask & (not_padding | (key == positions[:, None])))[:, None]
+
+
 class Attention(nn.Module):
+    """Causal self-attention with a KV cache, and fewer heads for keys and values if kv_heads < heads."""
+
     def __init__(self, arch):
         super().__init__()
         self.heads, self.kv_heads = arch["heads"], arch["kv_heads"]
         inner, kv = (n * arch["head_width"] for n in (self.heads, self.kv_heads))
-        bias = arch["family"] != "llama"
-        self.q_proj = nn.Linear(arch["width"], inner, bias=bias)
-        self.k_proj, self.v_proj = (nn.Linear(arch["width"], kv, bias=bias) for _ in "kv")
-        self.o_proj = nn.Linear(inner, arch["width"], bias=arch["family"] == "gpt2")
+        self.q_proj = nn.Linear(arch["width"], inner, bias=arch["qkv_bias"])
+        self.k_proj = nn.Linear(arch["width"], kv, bias=arch["qkv_bias"])
+        self.v_proj = nn.Linear(arch["width"], kv, bias=arch["qkv_bias"])
+        self.o_proj = nn.Linear(inner, arch["width"], bias=arch["bias"])
 
-    def forward(self, x, rope, mask, kv, where, end):
-        q, k, v = (f(x).view(*x.shape[:2], n, -1).transpose(1, 2)  # [B, H, T, D/H]
-                   for f, n in ((self.q_proj, self.heads), (self.k_proj, self.kv_heads),
-                                (self.v_proj, self.kv_heads)))
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+    def forward(self, x, context, kv):
+        """Maps x [B, T, D] to [B, T, D]; kv: the layer's cached keys and values, or None."""
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, T, D] -> [B, H, T, D/H]
+        k = self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # [B, KV, T, D/H]
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        if context.rope is not None:
+            q, k = rotate(q, *context.rope), rotate(k, *context.rope)
         if kv is not None:
-            for new, old in zip((k, v), kv):
-                old[:, :, where] = new.to(old.dtype)
-            k, v = (old[:, :, :end].to(q.dtype) for old in kv)  # [B, H_kv, end, D/H]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1,
+            for new, cached in zip((k, v), kv):
+                cached[:, :, context.slots] = new.to(cached.dtype)
+            k, v = (cached[:, :, :context.keys].to(q.dtype) for cached in kv)  # [B, KV, keys, D/H]
+        causal = context.mask is None and x.shape[1] > 1
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=causal,
                                            enable_gqa=self.heads != self.kv_heads)
-        return self.o_proj(x.transpose(1, 2).flatten(2))  # [B, T, D]
+        return self.o_proj(x.transpose(1, 2).flatten(2))  # [B, H, T, D/H] -> [B, T, D]
 
 
 class MLP(nn.Module):
+    """GPT-2's MLP with GELU, or the gated one of Llama."""
+
     def __init__(self, arch):
         super().__init__()
-        gpt2 = arch["family"] == "gpt2"
-        self.gate_proj = None if gpt2 else nn.Linear(arch["width"], arch["mlp"], bias=False)
-        self.up_proj = nn.Linear(arch["width"], arch["mlp"], bias=gpt2)
-        self.down_proj = nn.Linear(arch["mlp"], arch["width"], bias=gpt2)
+        width, inner, bias = arch["width"], arch["mlp"], arch["bias"]
+        self.gate_proj = nn.Linear(width, inner, bias=bias) if arch["gated_mlp"] else None
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x):
         if self.gate_proj is None:
@@ -88,92 +120,103 @@ class MLP(nn.Module):
 
 
 def norm(arch):
-    return (nn.LayerNorm if arch["family"] == "gpt2" else nn.RMSNorm)(arch["width"], eps=arch["eps"])
+    """Returns a new normalization layer."""
+    return (nn.LayerNorm if arch["layer_norm"] else nn.RMSNorm)(arch["width"], eps=arch["eps"])
 
 
 class Block(nn.Module):
+    """Attention and MLP, each after a normalization layer and added to its input."""
+
     def __init__(self, arch):
         super().__init__()
         self.input_layernorm, self.self_attn = norm(arch), Attention(arch)
         self.post_attention_layernorm, self.mlp = norm(arch), MLP(arch)
 
-    def forward(self, x, *how):
-        x = x + self.self_attn(self.input_layernorm(x), *how)
+    def forward(self, x, context, kv):
+        x = x + self.self_attn(self.input_layernorm(x), context, kv)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class GPT(nn.Module):
+    """A decoder-only language model: the policy of prt.fit and prt.generate."""
+
     def __init__(self, arch):
         super().__init__()
         self.arch, width = arch, arch["width"]
-        self.size = arch["vocab"]  # how many logits `head` gives: fewer, where padded rows are cut off
-        self.recompute = False  # activation checkpointing: of a block, only the input is kept for backward
+        self.size = arch["vocab"]  # number of logits; smaller if the output matrix has rows without a token
+        self.recompute = False  # activation checkpointing: only the blocks' inputs are kept for backward
         self.embed_tokens = nn.Embedding(arch["vocab"], width)
-        self.embed_positions = nn.Embedding(arch["positions"], width) if arch["family"] == "gpt2" else None
+        self.embed_positions = None if arch["rope"] else nn.Embedding(arch["positions"], width)
         self.layers = nn.ModuleList(Block(arch) for _ in range(arch["layers"]))
         self.norm = norm(arch)
         self.lm_head = None if arch["tied"] else nn.Linear(width, arch["vocab"], bias=False)
         rope = frequencies(arch["rope"], arch["head_width"]) if arch["rope"] else None
         self.register_buffer("rope", rope, persistent=False)
         for name, p in self.named_parameters():
-            if p.ndim == 2:  # GPT-2's scaling of what adds to the residual stream
+            if p.ndim == 2:  # as in GPT-2, matrices that write to the residual stream are scaled by depth
                 depth = 2 * arch["layers"] if "o_proj" in name or "down_proj" in name else 1
                 nn.init.normal_(p, std=0.02 if "embed" in name else (depth * p.shape[1]) ** -0.5)
 
     def cache(self, batch, length, pad=None):
-        """For `length` places, or fewer, where the model has fewer positions."""
+        """Returns an empty cache for `length` positions. Raises ValueError if the model has fewer."""
+        self.check_room(length, self.arch["positions"])
         weight = self.embed_tokens.weight
-        return Cache(self.arch, batch, min(length, self.arch["positions"]), weight.device, weight.dtype, pad)
+        return Cache(self.arch, batch, length, weight.device, weight.dtype, pad)
+
+    def check_room(self, length, room):
+        """Raises ValueError if `length` is above `room`, the positions of the model or of a cache."""
+        if length > room:
+            raise ValueError(f"{length} tokens, but this model has room for {room} (--length, --new-tokens)")
 
     def features(self, ids, cache=None, at=None):
-        """Token ids [B, T], behind those in the cache -> what the output matrix reads, [B, T, D].
+        """Returns features [B, T, D], the input of `head`, for token ids [B, T] that follow the cached ones.
 
-        at [1]: the place of the first of them, where it is a tensor and not cache.at, which then stays as it
-            is: one compiled step serves all places, since it attends to the whole cache and masks.
-        Raises ValueError where they are more than the model has positions, or the cache places.
+        at: for compiled steps, the position of the first token as a tensor [1]. One graph then serves all
+        positions, since it attends to the whole cache with a mask. cache.at is not changed. Without `at`,
+        raises ValueError if the tokens exceed the model's positions or the cache.
         """
-        T = ids.shape[1]
+        T, pad, mask = ids.shape[1], cache.pad if cache else None, None
         if at is None:
             start = cache.at if cache else 0
-            end, room = start + T, cache.length if cache else self.arch["positions"]
-            if end > room:
-                raise ValueError(f"{end} tokens, but this model has room for {room} (--length, --new-tokens)")
-            places, where = torch.arange(start, end, device=ids.device), slice(start, end)
+            keys = start + T
+            self.check_room(keys, cache.length if cache else self.arch["positions"])
+            positions, slots = torch.arange(start, keys, device=ids.device), slice(start, keys)
+            whole = start == 0 or T == 1  # causal attention over all keys, or one token that sees all of them
         else:
-            places = where = at + torch.arange(T, device=ids.device)
-            start, end = None, cache.length
-        pad = cache.pad if cache else None
-        positions, mask, rope = places, None, None
-        if pad is not None:
-            positions = (places - pad[:, None]).clamp(min=0)  # [B, T]
-        if pad is not None or start is None or start and T > 1:  # else a causal pass over all, or one token
-            keys = torch.arange(end, device=ids.device)
-            mask = keys <= places[:, None]  # [T, end]
-            if pad is not None:  # padding sees itself alone: a row without any key would be nan
-                mask = (mask & ((keys >= pad[:, None, None]) | (keys == places[:, None])))[:, None]
-        x = self.embed_tokens(ids)
-        if self.embed_positions is not None:
-            x = x + self.embed_positions(positions)
-        else:
-            angles = positions[..., None] * self.rope.float()  # [B or none, T, D/2H]
-            angles = angles if pad is None else angles[:, None]
-            cos, sin = angles.cos(), angles.sin()
-            rope = [torch.cat(halves, -1) for halves in ((cos, cos), (-sin, sin))]
+            positions = slots = at + torch.arange(T, device=ids.device)
+            keys, whole = cache.length, False
+        if not whole or pad is not None:
+            mask = attention_mask(positions, keys, pad)
+        x, rope = self.embed(ids, positions if pad is None else (positions - pad[:, None]).clamp(min=0))
+        context = Context(rope, mask, slots, keys)
         for i, layer in enumerate(self.layers):
-            inputs = x, rope, mask, cache.kv[i] if cache else None, where, end
+            inputs = x, context, cache.kv[i] if cache else None
             x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute else layer(*inputs)
         if cache and at is None:
-            cache.at = end
+            cache.at = keys
         return self.norm(x)
 
+    def embed(self, ids, positions):
+        """Returns the embeddings [B, T, D] of ids [B, T] at positions [T] or [B, T], and `Context.rope`."""
+        x = self.embed_tokens(ids)
+        if self.embed_positions is not None:
+            return x + self.embed_positions(positions), None
+        angles = positions[..., None] * self.rope.float()  # [T, D/2H] or [B, T, D/2H]
+        if positions.ndim == 2:
+            angles = angles.unsqueeze(1)  # [B, 1, T, D/2H]: the same for all heads
+        cos, sin = angles.cos(), angles.sin()
+        return x, (torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
+
     def head(self, features):
-        """Logits [..., size] of features [..., D]."""
+        """Maps features [..., D] to logits [..., size] of the first `size` tokens of the vocabulary."""
         matrix = self.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(features, matrix.weight[:self.size])
 
-    def forward(self, ids, where=None, cache=None):
-        """Token ids [B, T] -> logits [B, T, V]. With where [N], places in the flattened ids: features [N, D],
-        of which training lets `head` make logits, some at a time.
+    def forward(self, ids, index=None, cache=None):
+        """Maps token ids [B, T] to logits [B, T, V], or to features [N, D] if index is given.
+
+        index [N]: the positions in ids.flatten() to return features of. In training, prt.fit calls `head` for
+        a chunk of them at a time.
         """
         x = self.features(ids, cache)
-        return self.head(x) if where is None else x.flatten(0, 1)[where]
+        return self.head(x) if index is None else x.flatten(0, 1)[index]

@@ -18,7 +18,7 @@ CLEAN = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "ﬀ": "f
 
 
 def byte_alphabet():
-    """The byte that each character of a byte-level BPE file stands for, in GPT-2's order of the bytes."""
+    """Returns character -> byte for the characters that encode bytes in BPE files, in GPT-2's order."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
@@ -26,13 +26,16 @@ def byte_alphabet():
 
 @functools.cache
 def clip_encoding():
-    """49,406 entries: 256 bytes, 256 bytes at a word's end, 48,894 merges. A word's end is written as byte
-    0."""
+    """Returns CLIP's tiktoken encoding: 256 bytes, 256 bytes that end a word, and 48,894 merges.
+
+    A zero byte marks the end of a word.
+    """
     letters = byte_alphabet()
     merges = gzip.decompress(MERGES.read_bytes()).decode().splitlines()[1:48895]
 
     def token(text):
-        return bytes(letters[c] for c in text.removesuffix("</w>")) + b"\0" * text.endswith("</w>")
+        word_end = b"\0" if text.endswith("</w>") else b""
+        return bytes(letters[c] for c in text.removesuffix("</w>")) + word_end
 
     tokens = [bytes([b]) for b in letters.values()] + [bytes([b, 0]) for b in letters.values()]
     tokens += [b"".join(token(part) for part in line.split()) for line in merges]
@@ -41,17 +44,17 @@ def clip_encoding():
 
 
 def clip_tokens(texts, context=77):
-    """Strings -> ids [N, context], int64: start, text, end, zeros. Too long a text is cut, its end token
-    kept.
+    """Returns token ids [N, context] of N strings: start, text, end, zeros. Long texts are truncated.
 
-    As in CLIP's reference, HTML entities, curly quotes and ligatures are resolved and letters lower-cased.
+    As in CLIP's reference code, HTML entities, curly quotes, and ligatures are replaced, and letters are
+    lowercased. A truncated text keeps its end token.
     """
     encoding = clip_encoding()
     start, end = encoding.n_vocab, encoding.n_vocab + 1
     ids = torch.zeros(len(texts), context, dtype=torch.long)
     for row, text in zip(ids, texts):
         text = unicodedata.normalize("NFC", html.unescape(html.unescape(text))).translate(CLEAN).lower()
-        # Every number is a word of its own; ½ and ² too, which re's \d does not know.
+        # Every digit is a word; so are ½ and ², which \d does not match.
         text = "".join(f" {c} " if c.isnumeric() and not c.isalpha() else c for c in text)
         words = encoding.encode_ordinary("".join(word + "\0" for word in WORD.findall(text)))
         row[: len(words) + 2] = torch.tensor([start, *words[: context - 2], end])
@@ -62,10 +65,10 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 
 
 class Tokenizer:
-    """The tokenizer in a tokenizer.json: `encode` text, `decode` ids; begin: ids that open every text.
+    """The byte-level BPE of a tokenizer.json; `begin` holds the ids that every text begins with.
 
-    text: the file's content; name: what errors call it. Refuses, with a ValueError, what tiktoken would cut
-    into other tokens: SentencePiece, other splits than one pattern, ids that do not grow in merge order.
+    text: the file's content. name: its name in error messages. Raises ValueError if tiktoken cannot reproduce
+    its tokens: SentencePiece, several split patterns, or ids that do not increase in merge order.
     """
 
     def __init__(self, text, name):
@@ -83,12 +86,12 @@ class Tokenizer:
             self.begin = [special[part["SpecialToken"]["id"]] for part in first if "SpecialToken" in part]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             why = f"{type(error).__name__}: {error!s:.300}"
-            raise ValueError(f"{name}: its tokenizer.json is none that tiktoken can express: {why}") from None
+            raise ValueError(f"{name}: tiktoken cannot reproduce its tokenizer.json: {why}") from None
         self.text, self.size = text, self.encoding.n_vocab
         self.hash = hashlib.sha256(repr((pattern, self.nfc, sorted(ranks.items()))).encode()).hexdigest()
 
     def encode(self, text):
-        """Text -> ids; what looks like a special token is text like any other."""
+        """Returns the ids of a text without `begin`; special tokens in it are encoded as plain text."""
         return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
 
     def decode(self, ids):
@@ -96,39 +99,41 @@ class Tokenizer:
 
 
 def split_pattern(d):
-    """The regular expression that cuts a text into words, of a tokenizer.json's dict."""
+    """Returns the regular expression that splits text into words; d: the parsed tokenizer.json."""
     if (d.get("normalizer") or {}).get("type", "NFC") != "NFC":
-        raise ValueError(f"normalizer {d['normalizer']['type']}; SentencePiece has such")
+        raise ValueError(f"normalizer {d['normalizer']['type']} instead of NFC, as in SentencePiece")
     pre = d.get("pre_tokenizer") or {}
-    *splits, level = pre.get("pretokenizers", [pre])
-    if level.get("type") != "ByteLevel" or level.get("add_prefix_space"):
-        raise ValueError(f"pre_tokenizer {json.dumps(level)}, no ByteLevel without a prefix space")
-    if not splits and level.get("use_regex", True):
+    *splits, byte_level = pre.get("pretokenizers", [pre])
+    if byte_level.get("type") != "ByteLevel" or byte_level.get("add_prefix_space"):
+        raise ValueError(f"pre_tokenizer is not ByteLevel or adds a prefix space: {json.dumps(byte_level)}")
+    if not splits and byte_level.get("use_regex", True):
         return GPT2_PATTERN
-    split, = splits if len(splits) == 1 else [{}]
-    if level.get("use_regex", True) or split.get("behavior") != "Isolated" or split.get("invert"):
+    split = splits[0] if len(splits) == 1 else {}
+    if byte_level.get("use_regex", True) or split.get("behavior") != "Isolated" or split.get("invert"):
         raise ValueError(f"not one isolated Split before ByteLevel: {json.dumps(splits)}")
     pattern = split["pattern"]["Regex"]
-    return f"{pattern}|(?:(?!{pattern})(?s:.))+"  # what it leaves out, tiktoken would drop: a word too
+    return f"{pattern}|(?:(?!{pattern})(?s:.))+"  # also matches the rest, which tiktoken would drop
 
 
 def mergeable(model, added):
-    """(bytes -> rank, special token -> id) of a tokenizer.json's model and added tokens."""
-    odd = [k for k in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix") if model.get(k)]
-    if model.get("type", "BPE") != "BPE" or odd:
-        raise ValueError(f"model {model.get('type')} with {', '.join(odd) or 'no merges'}; no byte-level BPE")
+    """Returns bytes -> id of the ordinary tokens and text -> id of the special tokens; added: text -> id."""
+    options = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+    if model.get("type", "BPE") != "BPE" or any(map(model.get, options)):
+        values = {k: model.get(k) for k in ("type", *options)}
+        raise ValueError(f"its model is not byte-level BPE: {json.dumps(values)}")
     letters, vocab = byte_alphabet(), model["vocab"]
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    made = [vocab[a + b] for a, b in merges]
-    if late := [m for m, one, other in zip(merges[1:], made, made[1:]) if other < one]:
+    merged = [vocab[a + b] for a, b in merges]
+    if late := [m for m, before, after in zip(merges[1:], merged, merged[1:]) if after < before]:
         raise ValueError(f"the merge {' '.join(late[0])} has a smaller id than the one before it")
     if missing := [c for c in letters if c not in vocab]:
-        raise ValueError(f"{len(missing)} of the 256 bytes are no token")
-    made = {*made, *(vocab[c] for c in letters)}
-    # A word that no merge makes is only found where the vocabulary is asked before the merges (Llama 3).
-    kept = {t: i for t, i in vocab.items() if t not in added and (i in made or model.get("ignore_merges"))}
-    special = added | {t: i for t, i in vocab.items() if t not in kept}
-    ids = [*kept.values(), *special.values()]
+        raise ValueError(f"{len(missing)} of the 256 bytes are not tokens")
+    reachable = {*merged, *(vocab[c] for c in letters)}
+    # With ignore_merges (Llama 3), a word in the vocabulary is one token, even if no merges produce it.
+    every = model.get("ignore_merges")
+    plain = {t: i for t, i in vocab.items() if t not in added and (every or i in reachable)}
+    special = added | {t: i for t, i in vocab.items() if t not in plain}
+    ids = [*plain.values(), *special.values()]
     if len(set(ids)) < len(ids) or not all(0 <= i < 1 << 24 for i in ids):
-        raise ValueError("two tokens have one id, or an id is negative or beyond 16,777,215")
-    return {bytes(letters[c] for c in t): i for t, i in kept.items()}, special
+        raise ValueError("two tokens have the same id, or an id is negative or above 16,777,215")
+    return {bytes(letters[c] for c in t): i for t, i in plain.items()}, special

@@ -1,5 +1,4 @@
-"""Speed and memory as ratios, both sides of each measured in this one process, alternately, the median of
-several.
+"""Speed and memory as ratios: both sides are measured in one process, in turns, and medians are compared.
 
 python tests/bench.py                                     GPT-2 and ViT-B-16, random weights
 python tests/bench.py --only speculative --reward out/small-reward.pt --base out/large.pt
@@ -7,12 +6,14 @@ python tests/bench.py --only decode --text small --compile
 python tests/bench.py --image ViT-L-14 --text qwen2.5-1.5b --batch 128 --json bench.json       on a GPU
 python tests/bench.py --only decode text_forward --text qwen2.5-7b                             on a GPU
 
-Where open_clip or transformers is installed, what they have is compared with ours on the same weights. A
-ratio that could not be measured is left out.
+If open_clip or transformers is installed, their models are compared with ours on the same weights. A ratio
+that could not be measured is left out.
 """
 import argparse
 import contextlib
 import copy
+import ctypes
+import functools
 import io
 import json
 import statistics
@@ -26,14 +27,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import eval as evaluation  # noqa: E402
-import prt  # noqa: E402
-import train_lm  # noqa: E402
-from data import images, text  # noqa: E402
-from models import weights  # noqa: E402
-from models.clip import CLIP, Classifier, normalize  # noqa: E402
-from models.gpt import GPT  # noqa: E402
-from models.tokenizer import Tokenizer  # noqa: E402
+import prt
+import train_lm
+from data import images, text
+from models import decode as decoding
+from models import runs, weights
+from models.clip import CLIP, Classifier, image_tower, normalize
+from models.gpt import GPT
+from models.tokenizer import Tokenizer
 
 TOWER = dict(embed_dim=512, text_width=512, text_layers=12, text_heads=8, context=77, vocab=49408,
              quick_gelu=False, mean=[0.5] * 3, std=[0.5] * 3)
@@ -43,15 +44,15 @@ IMAGES = {"ViT-B-16": TOWER | dict(image_size=224, width=768, layers=12, patch=1
 
 
 def gpt2(width, layers, heads):
-    return dict(family="gpt2", vocab=50257, width=width, layers=layers, heads=heads, kv_heads=heads,
-                tied=True, head_width=width // heads, mlp=4 * width, positions=1024, eps=1e-5, rope=None,
-                end=50256)
+    return dict(vocab=50257, width=width, layers=layers, heads=heads, kv_heads=heads, tied=True, rope=None,
+                head_width=width // heads, mlp=4 * width, positions=1024, eps=1e-5, end=50256,
+                layer_norm=True, gated_mlp=False, qkv_bias=True, bias=True)
 
 
 def qwen2(width, layers, heads, kv_heads, mlp, vocab, tied):
-    return dict(family="qwen2", vocab=vocab, width=width, layers=layers, heads=heads, kv_heads=kv_heads,
-                tied=tied, head_width=width // heads, mlp=mlp, positions=32768, eps=1e-6,
-                rope=dict(theta=1e6), end=151643)
+    return dict(vocab=vocab, width=width, layers=layers, heads=heads, kv_heads=kv_heads, tied=tied,
+                head_width=width // heads, mlp=mlp, positions=32768, eps=1e-6, rope=dict(theta=1e6),
+                end=151643, layer_norm=False, gated_mlp=True, qkv_bias=True, bias=False)
 
 
 TEXTS = {"gpt2": gpt2(768, 12, 12), "gpt2-xl": gpt2(1600, 48, 25), "small": gpt2(256, 6, 4),
@@ -61,9 +62,9 @@ TEXTS = {"gpt2": gpt2(768, 12, 12), "gpt2-xl": gpt2(1600, 48, 25), "small": gpt2
 
 
 def alternate(device, repeats, *functions):
-    """Median seconds of each function; the first call of each does not count, then they take turns."""
+    """Returns the median seconds of each function. They take turns, and the first turn does not count."""
     seconds = [[] for _ in functions]
-    for i in range(repeats + 1):
+    for _ in range(repeats + 1):
         for clock, function in zip(seconds, functions):
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -84,7 +85,7 @@ def bandwidth(device):
 def arithmetic(device):
     """Floating-point operations a second of a large matrix product, in the dtype of training."""
     n = 8192 if device.type == "cuda" else 2048
-    x = torch.randn(n, n, device=device, dtype=prt.frozen_dtype(device))
+    x = torch.randn(n, n, device=device, dtype=runs.frozen_dtype(device))
     return 2 * n**3 / alternate(device, 5, lambda: x @ x)[0]
 
 
@@ -97,16 +98,19 @@ def operations(function):
 
 # Images
 
-def image_trainer(args, device, mode, **options):
-    """A function that runs args.steps of `mode`: ft, prt, ft-augment or prt-augment, with the base that it
-    needs."""
+fused_adamw = functools.partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0, fused=True)
+plain_adamw = functools.partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0)
+
+
+def image_trainer(args, device, mode, make_optimizer=fused_adamw, **options):
+    """Returns a function that runs args.steps steps of `mode`: ft, prt, ft-augment, or prt-augment."""
     arch = IMAGES[args.image]
     torch.manual_seed(args.seed)
     size, head = arch["image_size"], torch.nn.functional.normalize(torch.randn(100, arch["embed_dim"]))
-    policy = Classifier(arch, head).eval().to(device)
+    policy = Classifier(arch, image_tower(arch), head).eval().to(device)
     pixels = torch.randint(0, 256, (2 * args.batch, 3, size, size), dtype=torch.uint8, device=device)
     labels = torch.randint(0, 100, (len(pixels),), device=device)
-    cached = prt.predict(policy, pixels, args.batch) if mode == "prt" else None
+    cached = runs.predict(policy, pixels, args.batch) if mode == "prt" else None
     base = copy.deepcopy(policy).requires_grad_(False) if mode == "prt-augment" else None
 
     def fetch(i, generator):
@@ -116,8 +120,9 @@ def image_trainer(args, device, mode, **options):
 
     def run():
         with contextlib.redirect_stdout(io.StringIO()):
-            prt.fit(policy, lambda step: prt.shuffled(step, len(pixels), args.batch, 0), fetch, base=base,
-                    steps=args.steps, log_every=args.steps, **options)
+            prt.fit(policy, lambda step: runs.shuffled(step, len(pixels), args.batch, 0), fetch, base=base,
+                    steps=args.steps, log_every=args.steps, optimizer=make_optimizer(policy.parameters()),
+                    **options)
     return run
 
 
@@ -142,7 +147,7 @@ def image_memory(args, device):
         command += ["--batch", str(args.batch), "--steps", str(args.steps)]
         command += ["--device", args.device] if args.device else []
         mib[mode] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    base = sum(p.nbytes for p in Classifier(IMAGES[args.image], torch.zeros(1)).parameters()) / 2**20
+    base = sum(p.nbytes for p in image_tower(IMAGES[args.image]).parameters()) / 2**20
     print(f"{args.image} peak MiB, batch {args.batch}: ft {mib['ft']:.0f}, base's weights {base:.0f}, prt "
           f"{mib['prt']:.0f}, prt-augment {mib['prt-augment']:.0f}")
     return dict(image_memory_prt_vs_ft_plus_base=mib["prt"] / (mib["ft"] + base),
@@ -150,13 +155,32 @@ def image_memory(args, device):
 
 
 def peak(args, device):
-    """What one mode adds to the memory of this process at its peak, in MiB."""
-    return evaluation.measure([], lambda: image_trainer(args, device, args.peak)(), device, repeats=0)[1]
+    """Returns what one mode adds to the memory of this process at its peak, in MiB."""
+    return added_memory(lambda: image_trainer(args, device, args.peak)(), device)
+
+
+def added_memory(work, device):
+    """Returns how many MiB work() adds at its peak: allocated on CUDA, or to this process on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    proc = Path("/proc/self")  # Linux
+    ctypes.CDLL(None).malloc_trim(0)  # free pages that are still mapped would hide the peak
+    (proc / "clear_refs").write_text("5")  # resets the peak of the resident set
+    before = resident(proc, "VmRSS")
+    work()
+    return resident(proc, "VmHWM") - before
+
+
+def resident(proc, key):
+    """Returns VmRSS or VmHWM, the resident set now or at its peak, in MiB."""
+    return int((proc / "status").read_text().split(key + ":")[1].split()[0]) / 2**10
 
 
 def image_forward(args, device):
-    """The image tower's forward against open_clip's and transformers', ours over theirs in images per
-    second."""
+    """Images per second of the image tower's forward, ours over open_clip's and transformers'."""
     arch, found = IMAGES[args.image], {}
     torch.manual_seed(args.seed)
     ours = CLIP(arch).eval().to(device)
@@ -169,7 +193,7 @@ def image_forward(args, device):
             continue
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             difference = (ours.encode_image(x) - theirs(x)).abs().max().item()
-            a, b = alternate(device, args.repeats, lambda: ours.encode_image(x), lambda: theirs(x))
+            a, b = alternate(device, args.repeats, lambda: ours.encode_image(x), functools.partial(theirs, x))
         print(f"{args.image} forward, batch {args.batch}: {len(x) / a:.2f} images/s, {name} {len(x) / b:.2f} "
               f"(largest difference of the features {difference:.1e})")
         found[f"image_vs_{name}"] = b / a
@@ -177,7 +201,8 @@ def image_forward(args, device):
 
 
 def open_clip_tower(arch, tensors):
-    from open_clip.model import CLIP as Peer, CLIPTextCfg, CLIPVisionCfg
+    from open_clip.model import CLIP as Peer
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
     vision = CLIPVisionCfg(layers=arch["layers"], width=arch["width"], patch_size=arch.get("patch"),
                            image_size=224)
@@ -250,11 +275,11 @@ def cast(model, dtype):
 
 
 def transformers_text(ours):
-    """transformers' model of the architecture, and its weights in ours."""
+    """Returns the model of transformers with this architecture, and copies its weights into ours."""
     from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
     a, p = ours.arch, next(ours.parameters())
-    if a["family"] == "gpt2":
+    if a["rope"] is None:
         config = GPT2Config(n_embd=a["width"], n_layer=a["layers"], n_head=a["heads"])
     else:
         config = Qwen2Config(hidden_size=a["width"], num_hidden_layers=a["layers"], vocab_size=a["vocab"],
@@ -277,14 +302,15 @@ def peer_of(ours):
 
 
 def generated(peer, ids, n):
-    """transformers' greedy generation of n tokens."""
+    """Returns a function: greedy generation of n tokens in transformers."""
     return lambda: peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
                                  do_sample=False, pad_token_id=0)
 
 
 def decode(args, device):
     """Tokens a second of one row: base, base + reward, EFT, of random weights, and transformers'."""
-    ratios, dtype, n = {}, prt.frozen_dtype(device), args.tokens
+    ratios, dtype, n = {}, runs.frozen_dtype(device), args.tokens
+    generate = decoding.compiled if args.compile else prt.generate
     ids = torch.randint(0, 50000, (1, 16), device=device, generator=torch.Generator(device).manual_seed(0))
     read = bandwidth(device)
     print(f"memory: {read / 1e9:.1f} GB/s")
@@ -298,8 +324,8 @@ def decode(args, device):
             if dtype == torch.float32:
                 rows["base in bfloat16"] = cast(copy.deepcopy(base), torch.bfloat16), []
         peer = peer_of(base)
-        work = {label: lambda base=base, rewards=rewards: prt.generate(
-            base, rewards, ids, length=n, compile=args.compile) for label, (base, rewards) in rows.items()}
+        work = {label: lambda base=base, rewards=rewards: generate(base, rewards, ids, length=n)
+                for label, (base, rewards) in rows.items()}
         if peer:
             work["transformers"] = generated(peer, ids, n)
         seconds = dict(zip(work, alternate(device, args.repeats, *work.values())))
@@ -308,7 +334,8 @@ def decode(args, device):
                 rows[label][0], *(m for _, m in rows[label][1]))]
             size = sum(p.nbytes for m in models for k, p in m.named_parameters()
                        if "embed" not in k or k == "embed_tokens.weight" and m.arch["tied"])
-            mib = evaluation.measure(models, work[label], device, repeats=0)[1]
+            mib = sum(t.nbytes for m in set(models) for t in (*m.parameters(), *m.buffers())) / 2**20
+            mib += added_memory(work[label], device)
             print(f"{name} decode, {label}: {n / taken:.1f} tokens/s, {n * size / read / taken:.0%} of what "
                   f"the memory allows, {mib:.0f} MiB")
         key = "decode_small" if name == "small" else "decode"
@@ -330,7 +357,7 @@ def speculative(args, device):
         print("speculative decoding is not measured without trained models: --reward, --base")
         return {}
     given = dict(reward=args.reward, base=args.base, tuned=args.tuned, ref=args.ref)
-    models = {k: weights.load(path, dtype=prt.frozen_dtype(device)).to(device).requires_grad_(False)
+    models = {k: weights.load(path, dtype=runs.frozen_dtype(device)).to(device).requires_grad_(False)
               for k, path in given.items() if path}
     tokenizer = weights.same_vocabulary(models)
     base, reward, end = models["base"], models["reward"], models["reward"].arch["end"]
@@ -339,9 +366,11 @@ def speculative(args, device):
                for _, parts in examples]
     longest = min(m.arch["positions"] for m in models.values()) - max(ids.shape[1] for ids in prompts)
 
-    def run(base, rewards, lengths, **options):
-        return lambda: [prt.generate(base, rewards, ids, length=n, compile=args.compile, **options)
-                        for ids, n in zip(prompts, lengths)]
+    plain = decoding.compiled if args.compile else prt.generate
+    fast = functools.partial(decoding.speculative, compile=args.compile)
+
+    def run(base, rewards, lengths, generate=plain, **options):
+        return lambda: [generate(base, rewards, ids, length=n, **options) for ids, n in zip(prompts, lengths)]
 
     mixtures = dict(prt=[(1.0, reward)])
     if args.tuned and args.ref:
@@ -354,24 +383,24 @@ def speculative(args, device):
         answers = [out[0, ids.shape[1]:].tolist() for ids, out in zip(prompts, answers)]
         lengths = [answer.index(end) + 1 if end in answer else len(answer) for answer in answers]
         work = {"base alone": run(base, [], lengths), f"base + {name}": run(base, rewards, lengths),
-                f"base + {name}, speculative": run(base, rewards, lengths, speculative=True)}
-        with mock.patch("prt.accept", wraps=prt.accept) as passes:
-            plain, fast = (work[label]() for label in list(work)[1:])
-        same = statistics.mean(map(torch.equal, plain, fast))  # in bfloat16 rounding may decide
+                f"base + {name}, speculative": run(base, rewards, lengths, fast)}
+        with mock.patch("models.decode.accept", wraps=decoding.accept) as passes:
+            outputs = [work[label]() for label in list(work)[1:]]
+        same = statistics.mean(map(torch.equal, *outputs))  # in bfloat16 rounding may decide
         seconds = dict(zip(work, alternate(device, args.repeats, *work.values())))
         for label, taken in seconds.items():
             print(f"{label}: {sum(lengths) / taken:.1f} tokens/s")
         print(f"{same:.0%} of the answers are those of plain decoding, token by token; "
               f"{sum(lengths) / passes.call_count:.2f} tokens a pass of the base")
-        alone, plain, fast = seconds.values()
+        base_s, plain_s, fast_s = seconds.values()
         key = "speculative" if name == "prt" else "speculative_eft"
-        ratios |= {f"{key}_vs_base": alone / fast, f"{key}_vs_{name}": plain / fast}
+        ratios |= {f"{key}_vs_base": base_s / fast_s, f"{key}_vs_{name}": plain_s / fast_s}
     return ratios
 
 
 def text_forward(args, device):
     """Logits of all places of 4 texts of 128 tokens, ours over transformers' in tokens per second."""
-    ours = text_model(args.text, device, prt.frozen_dtype(device))
+    ours = text_model(args.text, device, runs.frozen_dtype(device))
     ids, peer = torch.randint(0, 50000, (4, 128), device=device), peer_of(ours)
     if not peer:
         return {}
@@ -381,18 +410,19 @@ def text_forward(args, device):
     return dict(text_forward_vs_transformers=b / a)
 
 
-def text_trainer(args, device, method, **options):
-    """A function that runs args.steps of text tuning, on args.texts texts of args.length tokens."""
+def text_trainer(args, device, method, make_optimizer=fused_adamw, **options):
+    """Returns a function that runs args.steps steps on args.texts texts of args.length tokens."""
     policy = text_model(args.text, device).requires_grad_(True)
-    base = text_model(args.text, device, prt.frozen_dtype(device)) if method == "prt" else None
+    base = text_model(args.text, device, runs.frozen_dtype(device)) if method == "prt" else None
     ids = torch.randint(0, 50000, (args.texts, args.length + 1), device=device)
-    where = torch.arange(ids[:, 1:].numel(), device=device)
+    index = torch.arange(ids[:, 1:].numel(), device=device)
 
     def run():
         with contextlib.redirect_stdout(io.StringIO()):
             prt.fit(policy, lambda step: torch.arange(args.texts),
-                    lambda i, generator: ((ids[:, :-1], where), ids[:, 1:].flatten(), None), base=base,
-                    method=method, steps=args.steps, log_every=10**9, head=GPT.head, **options)
+                    lambda i, generator: ((ids[:, :-1], index), ids[:, 1:].flatten(), None), base=base,
+                    method=method, steps=args.steps, log_every=10**9, head=GPT.head,
+                    optimizer=make_optimizer(policy.parameters()), **options)
     return run
 
 
@@ -411,29 +441,22 @@ def training(args, device):
 
     Of the text batches, the share of padding with and without grouping by length.
     """
-    adamw = torch.optim.AdamW
-
-    def not_fused(run):
-        def slower():
-            with mock.patch("torch.optim.AdamW", lambda params, fused, **given: adamw(params, **given)):
-                run()
-        return slower
-
     text_runs = {"": text_trainer(args, device, "prt"),
                  "text_step_compile": text_trainer(args, device, "prt", compile=True),
                  "text_step_logits_at_once": text_trainer(args, device, "prt", chunk=10**9),
-                 "text_step_not_fused": not_fused(text_trainer(args, device, "prt"))}
+                 "text_step_not_fused": text_trainer(args, device, "prt", plain_adamw)}
     image_runs = {"": image_trainer(args, device, "prt"),
                   "image_step_compile": image_trainer(args, device, "prt", compile=True),
-                  "image_step_not_fused": not_fused(image_trainer(args, device, "prt"))}
+                  "image_step_not_fused": image_trainer(args, device, "prt", plain_adamw)}
     ratios = {}
-    for runs in (text_runs, image_runs):
-        plain, *others = alternate(device, args.repeats, *runs.values())
-        ratios |= {name: seconds / plain for name, seconds in zip(list(runs)[1:], others)}
+    for trainers in (text_runs, image_runs):
+        plain, *others = alternate(device, args.repeats, *trainers.values())
+        ratios |= {name: seconds / plain for name, seconds in zip(list(trainers)[1:], others)}
     tokenizer = Tokenizer(train_lm.TOKENIZER.read_text(), "the embedded tokenizer")
     data = text.encode(text.load("gsm8k", "train")[1], tokenizer, tokenizer.size - 1, 1024)
-    orders = dict(grouped=text.batches([len(ids) for ids in data.ids], 128, 50, 0),
-                  shuffled=lambda step: prt.shuffled(step, len(data.ids), 128, 0))
+    shuffled = functools.partial(runs.shuffled, n=len(data.ids), batch=128, seed=0)
+    lengths = [len(ids) for ids in data.ids]
+    orders = dict(grouped=text.group_by_length(shuffled, lengths, 128, 50, 0), shuffled=shuffled)
     for name, indices in orders.items():
         parts = [part for step in range(50) for part in indices(step).chunk(16)]
         ratios[f"text_padding_{name}"] = text.padding(data, parts)
@@ -466,7 +489,7 @@ if __name__ == "__main__":
     p.add_argument("--json", help="write the ratios to this file")
     p.add_argument("--peak", choices=("ft", "prt", "prt-augment"), help=argparse.SUPPRESS)
     args = p.parse_args()
-    device = prt.setup(args.device)
+    device = runs.setup(args.device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     if args.peak:
         sys.exit(print(peak(args, device)))

@@ -1,6 +1,9 @@
-"""What the tests share: a web server, small data sets and checkpoints, calls of the scripts."""
+"""What the tests share: a web server, small data sets and checkpoints, and calls of the scripts."""
 import io
+import json
 import os
+import shutil
+import subprocess
 import sys
 import tarfile
 import threading
@@ -14,43 +17,59 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).with_name("fixtures")
-REFUSED = "http://127.0.0.1:9"  # every address but the tests' own server is refused at once
+REFUSED = "http://127.0.0.1:9"  # every address but that of the tests' own server is refused at once
 os.environ.update(http_proxy=REFUSED, https_proxy=REFUSED, no_proxy="127.0.0.1")
 for name in ("HF_TOKEN", "HF_ENDPOINT"):
     os.environ.pop(name, None)
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-import eval as eval_script  # noqa: E402
-import prt  # noqa: E402
-import train_lm  # noqa: E402
-import train_vision  # noqa: E402
-from data import images  # noqa: E402
-from models import weights  # noqa: E402
+import eval as eval_script
+import prt
+import train_lm
+import train_vision
+from data import files, images
+from models import runs
+from models.tokenizer import byte_alphabet
 
-COLOURS = dict(red=(255, 0, 0), green=(0, 255, 0), blue=(0, 0, 255))
-
-
-def set_cache(patch, path):
-    for module in (weights, images):
-        patch.setattr(module, "CACHE", path)
+SCRIPTS = {"train_vision.py": train_vision, "train_lm.py": train_lm, "eval.py": eval_script}
+COLORS = dict(red=(255, 0, 0), green=(0, 255, 0), blue=(0, 0, 255))
+SUMS = [f"{a} + {b}" for a in (1, 2, 3, 4) for b in (2, 30, 17, 5, 9, 61)]
+TALK = [dict(messages=[dict(role="user", content=f"What is {s}?"), dict(role="assistant", content="Well …"),
+                       dict(role="user", content="So?"), dict(role="assistant", content=f"{eval(s)}.")])
+        for s in SUMS]
+IFEVAL = [dict(key=i, prompt=f"Say {i} in {'very ' * i}few words.", kwargs=[{}],
+               instruction_id_list=["punctuation:no_comma"]) for i in (1, 2, 3)]
+# Command lines for the names of the fixture `paths`. Of two equal flags, the later one counts.
+TRAIN = "train_vision.py --data {data} --base {old} --steps 2 --batch 8 --warmup 0 --out {out}/x.pt "
+EVAL = "eval.py --reward {reward} --base {new} --json {out}/x.json --picture {out}/x.png "
+# The models of the fixture `texts`, and the start of many command lines in its folder.
+REWARD, NEW, OLD, TUNED, ORACLE = (f"out/arithmetic-0/{name}.pt"
+                                   for name in ("reward", "new", "old", "tuned", "oracle"))
+TRAIN_LM = ("train_lm.py", "--data", "sums.jsonl", "--batch", "8", "--accum", "1", "--length", "120",
+            "--lr", "1e-3", "--weight-decay", "0", "--device", "cpu")
+TUNE_LM = (*TRAIN_LM, "--base", OLD)
+EVAL_LM = ("eval.py", "--reward", REWARD, "--base", NEW, "--device", "cpu", "--new-tokens", "8")
 
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-    set_cache(monkeypatch, tmp_path / "cache")
+    """An empty cache for every test."""
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
     return tmp_path / "cache"
 
+
+# A web server
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         server.seen.append((self.path, self.headers.get("Authorization")))
-        found = server.files.get(self.path, 404)
-        body = found if isinstance(found, bytes) else b""
-        self.send_response(200 if body else 302 if isinstance(found, str) else found)
-        if isinstance(found, str):
-            self.send_header("Location", found)
+        answer = server.files.get(self.path, 404)
+        body = answer if isinstance(answer, bytes) else b""
+        self.send_response(200 if body else 302 if isinstance(answer, str) else answer)
+        if isinstance(answer, str):
+            self.send_header("Location", answer)
         self.send_header("Content-Length", str(len(body) + server.lost))
         self.end_headers()
         self.wfile.write(body)
@@ -61,8 +80,11 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve():
-    """Starts web servers. server.files: path -> bytes, a status, or the URL to redirect to; server.seen: the
-    requests as (path, Authorization); server.lost: how many bytes of each promised body are not sent."""
+    """Starts web servers on this machine.
+
+    server.files: path -> bytes, a status, or the URL to redirect to. server.seen: the requests, as (path,
+    Authorization). server.lost: how many bytes of each promised body are not sent.
+    """
     servers = []
 
     def start():
@@ -79,16 +101,19 @@ def serve():
         server.server_close()
 
 
-def png(colour, size=(32, 32)):
-    out = io.BytesIO()
-    Image.new("RGB", size, colour).save(out, "PNG")
-    return out.getvalue()
+# Data sets
+
+def png(color, size=(32, 32)):
+    """Returns the bytes of a PNG of one color."""
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, "PNG")
+    return file.getvalue()
 
 
 def tar_bytes(members):
-    """A tar of (name, bytes) pairs, and the offset of each member's header and of the end mark in it."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
+    """Returns a tar of (name, bytes) pairs, and the offsets of its members' headers and its end mark."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
         offsets = []
         for name, data in members:
             offsets.append(tar.offset)
@@ -96,40 +121,179 @@ def tar_bytes(members):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
         offsets.append(tar.offset)
-    return out.getvalue(), offsets
+    return file.getvalue(), offsets
 
 
-def pairs(labels, colours=COLOURS):
-    """KEY.cls and KEY.png of one solid image for each label."""
-    values = list(colours.values())
+def pairs(labels, colors=COLORS):
+    """Returns KEY.cls and KEY.png, an image of one color, for each label."""
+    values = list(colors.values())
     return [member for i, label in enumerate(labels)
             for member in ((f"s{i}.cls", str(label).encode()), (f"s{i}.png", png(values[label])))]
 
 
-def write_webdataset(root, colours=COLOURS):
-    """clip-benchmark's layout with colours as classes: a train split in two shards, a test split in one."""
-    classes = range(len(colours))
+def write_webdataset(root, colors=COLORS):
+    """Writes clip-benchmark's layout with colors as classes: two shards to train on, and one to test."""
+    classes = range(len(colors))
     for split, shards in dict(train=[[*classes] * 2, [*classes][::-1]], test=[[*classes]]).items():
         (root / split).mkdir(parents=True)
         (root / split / "nshards.txt").write_text(f"{len(shards)}\n")
         for i, labels in enumerate(shards):
-            (root / split / f"{i}.tar").write_bytes(tar_bytes(pairs(labels, colours))[0])
-    (root / "classnames.txt").write_text("".join(f"{c}\n" for c in colours))
+            (root / split / f"{i}.tar").write_bytes(tar_bytes(pairs(labels, colors))[0])
+    (root / "classnames.txt").write_text("".join(f"{c}\n" for c in colors))
     (root / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\nsomething {c}.\n")
     return root
 
 
+def jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def small_tokenizer():
+    """Returns a tokenizer.json of 400 tokens: the bytes, and numbers of two and three digits."""
+    vocab = {c: i for i, c in enumerate(byte_alphabet())}
+    merges = [f"{a} {b}" for a in "123456789" for b in "0123456789"]
+    merges += [f"{a} {b}" for a in (10, 20, 30, 40, 50) for b in "0123456789"] + ["a b", "a c", "a d", "a e"]
+    for merge in merges:
+        vocab[merge.replace(" ", "")] = len(vocab)
+    return json.dumps(dict(model=dict(vocab=vocab, merges=merges),
+                           pre_tokenizer=dict(type="ByteLevel", use_regex=True)))
+
+
+# Calls of the scripts
+
 def call(script, *argv):
     """Runs a script's main() in this process as its command line would; returns the exit code."""
-    scripts = dict(train=train_vision, train_lm=train_lm, eval=eval_script)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *map(str, argv)])
         try:
-            prt.run(scripts[script.removesuffix(".py")].main)
+            runs.main(SCRIPTS[script].main)
         except SystemExit as stop:
             return stop.code
     return 0
 
+
+def spawn(*command, cwd, cache=None, **options):
+    """Runs a script, or other arguments of python, in a process of its own; returns the CompletedProcess.
+
+    What pytest swallows, as warnings and tracebacks, is in its stderr.
+    """
+    command = [sys.executable, *(str(ROOT / word) if word in SCRIPTS else str(word) for word in command)]
+    environment = os.environ | dict(PRT_CACHE=str(cache or Path(cwd) / "cache"), OMP_NUM_THREADS="1")
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240,
+                          **options)
+
+
+def output(*command, **options):
+    """Returns what a process prints, which must succeed."""
+    done = spawn(*command, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+TWO_PROCESSES = f"""
+import importlib, json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import prt
+from models import runs
+_, name, commands, stop = sys.argv
+script, commands, fit = importlib.import_module(name), json.loads(commands), prt.fit
+for command in commands[:-1]:
+    sys.argv[1:] = command
+    script.main()
+
+def fit_and_stop(policy, indices, *args, **options):
+    return fit(policy, lambda step: 1 / 0 if step == int(stop) else indices(step), *args, **options)
+
+prt.fit, sys.argv[1:] = fit_and_stop, commands[-1]
+try:
+    runs.main(script.main)
+except SystemExit as stopped:
+    assert stopped.code == 2
+else:
+    raise AssertionError("not stopped")
+"""
+
+
+def two_processes(script, commands, stop, folder, **options):
+    """Runs command lines of a script under torchrun, all in the same two processes; returns what they print.
+
+    script: its name, without .py. The last command line fails in step `stop`.
+    """
+    file = folder / "two_processes.py"
+    file.write_text(TWO_PROCESSES)
+    return output("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", file, script,
+                  json.dumps(commands), stop, **options)
+
+
+def interrupt(patch):
+    """Makes a run save after every step and stop after the first of them."""
+    fit, save = prt.fit, files.save
+
+    def save_and_stop(path, checkpoint):
+        save(path, checkpoint)
+        if checkpoint.get("optimizer"):
+            raise KeyboardInterrupt
+
+    patch.setattr(prt, "fit", lambda *args, **options: fit(*args, **options | dict(save_every=1)))
+    patch.setattr(files, "save", save_and_stop)
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b, **tolerance):
+    """Returns whether the weights in two files are the same, bit for bit unless a tolerance is given."""
+    a, b = read(a)["model"], read(b)["model"]
+    close = (lambda x, y: torch.allclose(x, y, **tolerance)) if tolerance else torch.equal
+    return a.keys() == b.keys() and all(close(x, b[name]) for name, x in a.items())
+
+
+def contents(*folders):
+    """Returns the bytes of every file in some folders, but for those in a cache."""
+    return {f: f.read_bytes() for folder in folders for f in folder.rglob("*")
+            if f.is_file() and f.relative_to(folder).parts[0] != "cache"}
+
+
+def one_line(code, err, *words):
+    """Asserts exit code 2 and one line with these words, or argparse's: the usage and one line below it."""
+    assert code == 2, err
+    if err.startswith("usage:"):
+        err = err.splitlines()[-1].partition(": ")[2]
+    assert err.startswith("error:") and len(err.splitlines()) == 1, err
+    for word in words:
+        assert str(word) in err
+
+
+def assert_refused(case, names, capfd, *folders):
+    """Asserts that a command line fails with one line that has these words, and leaves the folders alone.
+
+    case: the command line and the words, with the names in braces.
+    """
+    command, *words = (text.format(**names) for text in case)
+    before = contents(*folders)
+    capfd.readouterr()
+    code = call(*command.split())
+    one_line(code, capfd.readouterr().err, *words)
+    assert contents(*folders) == before
+
+
+@pytest.fixture
+def report(tmp_path):
+    """Runs eval.py and returns what it writes to --json."""
+    def rows_and_more(*command):
+        assert call(*command, "--json", tmp_path / "report.json") == 0
+        return json.loads((tmp_path / "report.json").read_text())
+    return rows_and_more
+
+
+@pytest.fixture
+def table(report):
+    """Runs eval.py and returns the rows of its table."""
+    return lambda *command: report(*command)["rows"]
+
+
+# Models
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
@@ -138,10 +302,10 @@ def tiny(tmp_path_factory):
     path = {name: root / f"{name}.pt" for name in ("old", "new", "reward", "ft", "half")}
     path |= dict(data=write_webdataset(root / "data"), other=write_webdataset(root / "other", {
         "cyan": (0, 255, 255), "pink": (255, 0, 255), "white": (255, 255, 255)}))
-    train = ["train", "--data", path["data"], "--steps", 2, "--batch", 8, "--warmup", 0]
+    train = ["train_vision.py", "--data", path["data"], "--steps", 2, "--batch", 8, "--warmup", 0]
     pretrain = [*train, "--method", "pretrain", "--size", "tiny"]
     with pytest.MonkeyPatch.context() as patch:
-        set_cache(patch, root / "cache")
+        patch.setattr(files, "CACHE", root / "cache")
         for i, name in enumerate(("old", "new")):
             assert call(*pretrain, "--seed", i, "--out", path[name]) == 0
         for name, method in dict(reward="prt", ft="ft").items():
@@ -152,14 +316,100 @@ def tiny(tmp_path_factory):
     return SimpleNamespace(root=root, **path)
 
 
-def interrupt(patch):
-    """Makes a run save after every step and stop after the first of them."""
-    fit, save = prt.fit, weights.save
+@pytest.fixture(scope="session")
+def damaged(tiny):
+    """The paths of `tiny`, and files that are damaged or come from other programs."""
+    data, root = tiny.reward.read_bytes(), tiny.root / "damaged"
+    (root / "demo").mkdir(parents=True)
+    for name, content in {"damaged.pt": data[:3000] + bytes(100_000) + data[103_000:], "empty.pt": b"",
+                          "cut.pt": data[: len(data) // 2], "image.png": b"\x89PNG"}.items():
+        (root / name).write_bytes(content)
+    torch.save(dict(model={}, optimizer={}, epoch=3), root / "foreign.pt")
+    torch.save(dict(model={}), root / "demo/old.pt")
+    return vars(tiny) | {path.stem: path for path in root.iterdir()}
 
-    def save_and_stop(path, checkpoint):
-        save(path, checkpoint)
-        if checkpoint.get("optimizer"):
-            raise KeyboardInterrupt
 
-    patch.setattr(prt, "fit", lambda *args, **options: fit(*args, **options | dict(save_every=1)))
-    patch.setattr(weights, "save", save_and_stop)
+@pytest.fixture
+def paths(damaged, tmp_path):
+    """The names in command lines for images."""
+    (tmp_path / "out").mkdir()
+    return damaged | dict(out=tmp_path / "out", none=tmp_path / "none")
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """The run of train_vision.py without arguments, of 3 steps: its folder, its cache, and what it printed.
+
+    The cache was filled before with a few of the pictures, since drawing all of them takes long.
+    """
+    folder, cache = tmp_path_factory.mktemp("shapes"), tmp_path_factory.mktemp("shapes-cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "CACHE", cache)
+        patch.setattr(images, "COUNTS", dict(captioned=192, train=128, test=64))
+        for split in images.COUNTS:
+            images.load("shapes", split, 32)
+    printed = output("train_vision.py", "--steps", 3, "--batch", 8, cwd=folder, cache=cache)
+    return SimpleNamespace(folder=folder, cache=cache, printed=printed)
+
+
+@pytest.fixture
+def in_shapes(shapes, monkeypatch):
+    """Makes the folder of `shapes` the current one, and its cache the one in use."""
+    monkeypatch.chdir(shapes.folder)
+    monkeypatch.setattr(files, "CACHE", shapes.cache)
+    return shapes
+
+
+FEW_PROBLEMS = f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+from data import text
+text.COUNTS = dict(old=1000, new=1000, train=200, test=50)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """The run of train_lm.py without arguments, of 3 steps: its folder, with text files, and what it printed.
+
+    It trains on fewer problems than there are, since tokenizing all of them takes long.
+    """
+    folder = tmp_path_factory.mktemp("texts")
+    sums = [dict(prompt=f" {s} =", response=f" {eval(s)} #### {eval(s)}") for s in SUMS]
+    for name, rows in dict(sums=sums, talk=TALK, ifeval=IFEVAL).items():
+        (folder / f"{name}.jsonl").write_text(jsonl(rows))
+    (folder / "book.txt").write_text("".join(f" {s} = {eval(s)}" for s in SUMS) * 20)
+    printed = output("-c", FEW_PROBLEMS, "train_lm.py", "--steps", 3, "--batch", 8, cwd=folder)
+    return SimpleNamespace(folder=folder, printed=printed)
+
+
+@pytest.fixture
+def in_texts(texts, monkeypatch):
+    """Makes the folder of `texts` the current one."""
+    monkeypatch.chdir(texts.folder)
+    return texts
+
+
+@pytest.fixture(scope="session")
+def malformed(texts, tiny, tmp_path_factory):
+    """Names for command lines in the folder of `texts`: its models, and files and models with a fault."""
+    root = tmp_path_factory.mktemp("malformed")
+    for name, content in {"bad.jsonl": '{"prompt": "a", "response": "b"}\n{"prompt": 1}\n',
+                          "numbers.jsonl": "5\n", "empty.jsonl": "",
+                          "unasked.jsonl": '{"prompt": "", "response": "b"}\n',
+                          "ifeval.jsonl": '{"key": 1, "instruction_id_list": [], "kwargs": []}\n',
+                          "long.jsonl": jsonl([dict(prompt="a", response="long" * 300)])}.items():
+        (root / name).write_text(content)
+    (root / "latin.jsonl").write_bytes('{"prompt": "ü", "response": "b"}'.encode("latin-1"))
+    torch.save(read(texts.folder / REWARD) | dict(data="sums.jsonl"), root / "file.pt")
+    (root / "demo").mkdir()
+    torch.save(dict(model={}), root / "demo/old.pt")
+    for name, fixture, tokenizer in (("llama", "llama2", small_tokenizer()),
+                                     ("endless", "qwen2", small_tokenizer()),
+                                     ("short", "llama2", train_lm.TOKENIZER.read_text())):
+        shutil.copytree(FIXTURES / fixture, root / name)
+        (root / name / "tokenizer.json").write_text(tokenizer)
+    return dict(root=root, old=OLD, new=NEW, reward=REWARD, tuned=TUNED, clip=tiny.old, shapes=tiny.reward,
+                data="sums.jsonl", book="book.txt", bare=FIXTURES / "llama3")

@@ -1,4 +1,4 @@
-"""Data sets: the drawn shapes, the readers, their cache, the pixel work, and what damaged files lead to."""
+"""Image data sets: the drawn shapes, the readers and their cache, resizing, prompts, and damaged files."""
 import colorsys
 import hashlib
 import io
@@ -10,129 +10,199 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, REFUSED, pairs, png, tar_bytes, write_webdataset
+from conftest import COLORS, REFUSED, pairs, png, tar_bytes, write_webdataset
 from PIL import Image
 
-from data import images
+from data import files, images
 from models.tokenizer import clip_tokens
 
-CLASSES = list(COLOURS)
+CLASSES = list(COLORS)
 TEMPLATES = ["a photo of a {c}.", "something {c}."]
-
-
-@pytest.fixture
-def few(monkeypatch):
-    monkeypatch.setattr(images, "COUNTS", dict(captioned=512, train=128, test=512))
+TRAIN, TEST = [0, 1, 2, 0, 1, 2, 2, 1, 0], [0, 1, 2]  # the labels in write_webdataset's splits
+RED, GREEN, BLUE = (png(color) for color in COLORS.values())
 
 
 def solid(label):
-    return torch.tensor(COLOURS[CLASSES[label]], dtype=torch.uint8).view(3, 1, 1).expand(3, 32, 32)
+    return torch.tensor(COLORS[CLASSES[label]], dtype=torch.uint8).view(3, 1, 1).expand(3, 32, 32)
 
 
-def no_pack(monkeypatch):
-    """From here on a data set can only come from the cache."""
+def check(data, labels):
+    """The classes, templates, labels, and pixels are those of a folder of `write_webdataset`."""
+    assert data.classes == CLASSES
+    assert data.templates == TEMPLATES
+    assert data.captions == []
+    assert data.labels.tolist() == labels
+    assert data.images.dtype == torch.uint8
+    assert all(torch.equal(image, solid(label)) for image, label in zip(data.images, labels, strict=True))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder in clip-benchmark's layout, with one solid color per class."""
+    return write_webdataset(tmp_path / "data")
+
+
+def use_the_cache_only(monkeypatch):
+    """From here on, every data set that is not in the cache fails the test."""
     monkeypatch.setattr(images, "pack", lambda *args: pytest.fail("read again in spite of the cache"))
 
 
 # The drawn shapes
 
-def test_shapes_are_a_pure_function(few, cache, monkeypatch):
-    """Pictures drawn from the global random state: a reward's numbers then change with every cache."""
-    first = images.load("shapes", "train", 32)
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)
-    monkeypatch.setattr(images, "CACHE", cache / "another")
-    again = images.load("shapes", "train", 32)
-    assert len(first.classes) >= 40 and len(set(first.classes)) == len(first.classes)
-    assert torch.equal(first.images, again.images) and torch.equal(first.labels, again.labels)
+FEW = dict(captioned=512, train=128, test=512)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The splits of the drawn shapes, by name, with fewer pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "COUNTS", FEW)
+        patch.setattr(files, "CACHE", tmp_path_factory.mktemp("shapes"))
+        return {split: images.load("shapes", split, 32) for split in FEW}
+
+
+def test_the_shapes_have_at_least_40_different_classes(drawn):
+    classes = drawn["train"].classes
+    assert len(classes) >= 40
+    assert len(set(classes)) == len(classes)
+
+
+def test_the_shapes_do_not_depend_on_the_global_random_state(drawn, monkeypatch):
+    """Catches: Pictures are drawn from the global random state, and differ after every deleted cache."""
+    monkeypatch.setattr(images, "COUNTS", FEW)
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    first, again = drawn["train"], images.load("shapes", "train", 32)
+    assert torch.equal(first.images, again.images)
+    assert torch.equal(first.labels, again.labels)
     assert first.captions == again.captions
-    assert len(first.images.flatten(1).unique(dim=0)) == len(first.images)
-    assert not torch.equal(first.images, images.load("shapes", "test", 32).images[:128])
 
 
-def test_shapes_change_their_look(few):
-    """Without a difference between captioned and labelled images there is nothing for a reward to learn."""
-    hue = {}
-    for split in ("captioned", "train", "test"):
-        data = images.load("shapes", split, 32)
-        for colour in images.HUES:
-            mine = [i for i, label in enumerate(data.labels) if data.classes[label].split()[0] == colour]
-            mean = data.images[mine].float().mean((0, 2, 3)).tolist()
-            hue[split, colour] = 360 * colorsys.rgb_to_hsv(*mean)[0]
-    for colour, degrees in images.HUES.items():
-        for split, light in dict(captioned=0, train=images.LIGHT, test=images.LIGHT).items():
-            assert abs((hue[split, colour] - degrees - light + 180) % 360 - 180) < 10, (split, colour)
+def test_no_two_pictures_are_alike(drawn):
+    pictures = drawn["train"].images
+    assert len(pictures.flatten(1).unique(dim=0)) == len(pictures)
 
 
-def test_shapes_captions_are_vague_or_wrong(few):
-    """Perfect captions leave a base nothing to be taught, captions of other images nothing to learn."""
-    data = images.load("shapes", "captioned", 32)
+def test_the_test_split_has_other_pictures_than_the_train_split(drawn):
+    assert not torch.equal(drawn["train"].images, drawn["test"].images[:128])
+
+
+# The mean colors of one picture of every color and form, and the first captions, of this version.
+VERSION = 1
+MEANS = [(181, 149, 158), (116, 103, 90), (112, 113, 106), (127, 173, 142), (73, 95, 93), (85, 84, 96),
+         (167, 119, 170), (123, 86, 122)]
+CAPTIONS = ["a photo of a red thing.", "a picture of a red square.", "a picture of a red thing."]
+
+
+def test_the_pictures_change_only_with_their_version(drawn):
+    """Catches: SHAPES_VERSION is left as it is, and pictures of older code are read from the cache.
+
+    Means leave room for other versions of Pillow and NumPy. A change of the pictures updates these values.
+    """
+    assert images.SHAPES_VERSION == VERSION
+    difference = drawn["train"].images[:64:9].float().mean((2, 3)) - torch.tensor(MEANS).float()
+    assert difference.abs().max() < 2
+    assert drawn["train"].captions[:3] == CAPTIONS
+
+
+@pytest.mark.parametrize("split, light", [("captioned", 0), ("train", images.LIGHT), ("test", images.LIGHT)])
+def test_colored_light_shifts_every_hue_of_the_labeled_pictures(drawn, split, light):
+    """Catches: Captioned and labeled pictures look alike, so that a reward has nothing to learn."""
+    data = drawn[split]
+    for color, degrees in images.HUES.items():
+        chosen = [i for i, label in enumerate(data.labels) if data.classes[label].split()[0] == color]
+        mean = data.images[chosen].float().mean((0, 2, 3)).tolist()
+        hue = 360 * colorsys.rgb_to_hsv(*mean)[0]
+        assert abs((hue - degrees - light + 180) % 360 - 180) < 10, color
+
+
+def test_the_captions_are_often_vague_or_wrong(drawn):
+    """Catches: Captions are perfect and leave nothing to teach to a base, or belong to other pictures."""
+    data = drawn["captioned"]
     right = vague = 0
     for label, caption in zip(data.labels, data.captions, strict=True):
-        colour, form = data.classes[label].split()
-        right += f" {colour} {form}" in caption
+        color, form = data.classes[label].split()
+        right += f" {color} {form}" in caption
         vague += not any(f" {name}" in caption for name in data.classes)
-    assert 0.35 < right / 512 < 0.62 and 0.3 < vague / 512 < 0.5
+    assert 0.35 < right / 512 < 0.62
+    assert 0.3 < vague / 512 < 0.5
     assert right + vague < 512 * 0.95
 
 
-# WebDataset folders, local and on the hub
+# WebDataset folders, local and on the Hub
 
-def check(data, labels):
-    assert data.classes == CLASSES and data.templates == TEMPLATES and data.captions == []
-    assert data.labels.tolist() == labels and data.images.dtype == torch.uint8
-    assert all(torch.equal(image, solid(label)) for image, label in zip(data.images, labels, strict=True))
+@pytest.mark.parametrize("split, labels", [("train", TRAIN), ("test", TEST)])
+def test_a_webdataset_folder_holds_its_images_with_their_labels(root, split, labels):
+    """Catches: Images have the labels of others, or a shard is lost."""
+    check(images.load(str(root), split, 32), labels)
 
 
-def test_webdataset_folder(tmp_path, monkeypatch):
-    """Labels that come apart from their images, a lost shard, a cache that is not used or not renewed."""
-    root = write_webdataset(tmp_path / "data")
-    check(images.load(str(root), "train", 32), [0, 1, 2, 0, 1, 2, 2, 1, 0])
-    check(images.load(str(root), "test", 32), [0, 1, 2])
-    with monkeypatch.context() as patch:
-        no_pack(patch)
-        check(images.load(str(root), "train", 32), [0, 1, 2, 0, 1, 2, 2, 1, 0])
-        check(images.load(str(root), "test", 32), [0, 1, 2])
-        with pytest.raises(pytest.fail.Exception):
-            images.load(str(root), "test", 16)
-    (root / "test" / "0.tar").write_bytes(tar_bytes(pairs([2, 1, 0]))[0])  # as long as before
+def test_every_split_is_read_only_once(root, monkeypatch):
+    """Catches: The cache is not used, or serves one split for the other."""
+    for split in ("train", "test"):
+        images.load(str(root), split, 32)
+    use_the_cache_only(monkeypatch)
+    check(images.load(str(root), "train", 32), TRAIN)
+    check(images.load(str(root), "test", 32), TEST)
+
+
+def test_the_cache_does_not_serve_another_size(root, monkeypatch):
+    images.load(str(root), "test", 32)
+    use_the_cache_only(monkeypatch)
+    with pytest.raises(pytest.fail.Exception, match="read again"):
+        images.load(str(root), "test", 16)
+
+
+def test_a_folder_whose_files_changed_is_read_again(root):
+    """Catches: The cache is not renewed when another file of the same length replaces one."""
+    images.load(str(root), "test", 32)
+    (root / "test" / "0.tar").write_bytes(tar_bytes(pairs([2, 1, 0]))[0])
     check(images.load(str(root), "test", 32), [2, 1, 0])
 
 
-def test_cache_serves_every_spelling_of_a_folder(tmp_path, monkeypatch):
-    """A relative path, or one with a slash behind it, read again."""
-    root = write_webdataset(tmp_path / "data")
+@pytest.mark.parametrize("spell", [lambda path: f"{path}/", os.path.relpath], ids=["slash", "relative"])
+def test_the_cache_serves_every_spelling_of_a_folder(root, monkeypatch, spell):
     images.load(str(root), "test", 32)
-    no_pack(monkeypatch)
-    for spelling in (f"{root}/", os.path.relpath(root)):
-        check(images.load(spelling, "test", 32), [0, 1, 2])
+    use_the_cache_only(monkeypatch)
+    check(images.load(spell(root), "test", 32), TEST)
 
 
-def test_webdataset_members_in_any_order(tmp_path):
-    """A .cls file behind its image, folders inside the tar, other files beside them."""
-    root = write_webdataset(tmp_path / "data")
+def test_the_members_of_a_tar_may_have_any_order(root):
+    """Catches: A .cls file is not found after its image or in a folder, or a .json is read as an image."""
     members = [*reversed(pairs([2, 0, 1])), ("s0.json", b"{}")]
     (root / "test" / "0.tar").write_bytes(tar_bytes([(f"deep/{name}", data) for name, data in members])[0])
     check(images.load(str(root), "test", 32), [1, 0, 2])
 
 
-@pytest.mark.parametrize("source, repo", [("org/name", "org/name"),
-                                          ("caltech101", "clip-benchmark/wds_vtab-caltech101")])
-def test_webdataset_on_the_hub(tmp_path, serve, monkeypatch, source, repo):
-    """A wrong address, the same file fetched twice, or a second run that needs the network."""
-    root, server = write_webdataset(tmp_path / "data"), serve()
-    server.files = {f"/datasets/{repo}/resolve/main/{f.relative_to(root)}": f.read_bytes()
-                    for f in root.rglob("*") if f.is_file()}
+@pytest.fixture(params=["org/name", "caltech101"])
+def hub(request, root, serve, monkeypatch):
+    """A server of one data set, and the name that --data gives it."""
+    repo = dict(caltech101="clip-benchmark/wds_vtab-caltech101").get(request.param, request.param)
+    server = serve()
+    server.files = {f"/datasets/{repo}/resolve/main/{file.relative_to(root)}": file.read_bytes()
+                    for file in root.rglob("*") if file.is_file()}
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    check(images.load(source, "train", 32), [0, 1, 2, 0, 1, 2, 2, 1, 0])
-    check(images.load(source, "test", 32), [0, 1, 2])
+    return server, request.param
+
+
+def test_every_file_of_a_data_set_on_the_hub_is_downloaded_once(hub):
+    """Catches: The address is wrong, or a file is downloaded again for each split."""
+    server, source = hub
+    check(images.load(source, "train", 32), TRAIN)
+    check(images.load(source, "test", 32), TEST)
     assert sorted(path for path, _ in server.seen) == sorted(server.files)
-    no_pack(monkeypatch)
+
+
+def test_a_data_set_of_the_hub_needs_no_network_the_second_time(hub, monkeypatch):
+    _, source = hub
+    images.load(source, "test", 32)
+    use_the_cache_only(monkeypatch)
     monkeypatch.setenv("HF_ENDPOINT", REFUSED)
-    check(images.load(source, "test", 32), [0, 1, 2])
+    check(images.load(source, "test", 32), TEST)
 
 
-def test_hub_without_network(monkeypatch, cache):
-    """The message must say what to fetch and where to put it."""
+def test_without_a_network_the_error_says_what_to_download_and_where_to_put_it(monkeypatch, cache):
     monkeypatch.setenv("HF_ENDPOINT", REFUSED)
     with pytest.raises(OSError) as caught:
         images.load("flowers", "test", 32)
@@ -144,36 +214,46 @@ def test_hub_without_network(monkeypatch, cache):
 # Folders of images
 
 def write_folder(root, **splits):
+    """Writes root/SPLIT/CLASS/FILE from split -> class -> file -> bytes."""
     for split, classes in splits.items():
-        for name, files in classes.items():
+        for name, contents in classes.items():
             (root / split / name).mkdir(parents=True)
-            for file, data in files.items():
+            for file, data in contents.items():
                 (root / split / name / file).write_bytes(data)
     return root
 
 
-RED, GREEN, BLUE = (png(colour) for colour in COLOURS.values())
-
-
-def test_folder(tmp_path):
-    """Underscores that reach the prompts, splits numbered differently, other files taken for images."""
-    root = write_folder(
-        tmp_path / "data", train=dict(deep_red={"a.png": RED, "b.PNG": RED}, blue={"a.png": BLUE}),
+@pytest.fixture
+def photos(tmp_path):
+    """A folder train/CLASS/*, test/CLASS/* with two classes."""
+    return write_folder(
+        tmp_path / "photos", train=dict(deep_red={"a.png": RED, "b.PNG": RED}, blue={"a.png": BLUE}),
         test=dict(deep_red={"a.png": RED, "notes.txt": b""}, blue={"b.png": BLUE, "a.png": BLUE}))
-    train, test = (images.load(str(root), split, 32) for split in ("train", "test"))
-    assert train.classes == test.classes == ["blue", "deep red"]
-    assert train.labels.tolist() == [0, 1, 1] and test.labels.tolist() == [0, 0, 1]
-    assert torch.equal(test.images[2], solid(0)) and torch.equal(test.images[0], solid(2))
-    assert train.templates == ["a photo of a {c}."]
-    (root / "zeroshot_classification_templates.txt").write_text("a {c}.\n\n the {c}. \n")
-    assert images.load(str(root), "train", 32).templates == ["a {c}.", "the {c}."]
+
+
+@pytest.mark.parametrize("split, labels", [("train", [0, 1, 1]), ("test", [0, 0, 1])])
+def test_both_splits_of_a_folder_number_their_classes_alike(photos, split, labels):
+    """Catches: Underscores reach the prompts, other files are taken for images, or splits differ."""
+    data = images.load(str(photos), split, 32)
+    assert data.classes == ["blue", "deep red"]
+    assert data.labels.tolist() == labels
+    assert all(torch.equal(image, solid([2, 0][label])) for image, label in zip(data.images, labels))
+
+
+def test_a_folder_without_templates_gets_the_photo_template(photos):
+    assert images.load(str(photos), "train", 32).templates == ["a photo of a {c}."]
+
+
+def test_a_folder_may_have_templates(photos):
+    (photos / "zeroshot_classification_templates.txt").write_text("a {c}.\n\n the {c}. \n")
+    assert images.load(str(photos), "train", 32).templates == ["a {c}.", "the {c}."]
 
 
 # CIFAR-100
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
-    """CIFAR-100's archive in small, and the hash that belongs to it."""
+    """A small archive in CIFAR-100's form, whose hash the code now expects, and its pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
 
     def table(rows, labels):
@@ -191,23 +271,35 @@ def archive(tmp_path, monkeypatch):
     return path, torch.from_numpy(pixels)
 
 
-def test_cifar100(archive, cache):
-    """Colours or rows mixed up by the archive's planar layout; coarse labels in place of the fine ones."""
+@pytest.mark.parametrize("split, part, labels", [("train", slice(4), [0, 1, 1, 0]),
+                                                 ("test", slice(4, 6), [1, 0])])
+def test_cifar100_holds_its_images_with_their_fine_labels(archive, split, part, labels):
+    """Catches: The archive's planar layout mixes up colors or rows, or labels are the coarse ones."""
     path, pixels = archive
-    train, test = (images.load(str(path), split, 32) for split in ("train", "test"))
-    assert torch.equal(train.images, pixels[:4]) and torch.equal(test.images, pixels[4:])
-    assert train.labels.tolist() == [0, 1, 1, 0] and test.labels.tolist() == [1, 0]
-    assert train.classes == ["apple", "aquarium fish"]
-    assert len(set(train.templates)) == 18 and all(t.count("{c}") == 1 for t in train.templates)
-    assert {"a photo of a {c}.", "a bad photo of the {c}.", "a photo of the big {c}."} <= set(train.templates)
-    cache.mkdir(exist_ok=True)
+    data = images.load(str(path), split, 32)
+    assert torch.equal(data.images, pixels[part])
+    assert data.labels.tolist() == labels
+    assert data.classes == ["apple", "aquarium fish"]
+
+
+def test_cifar100_has_18_templates(archive):
+    path, _ = archive
+    templates = images.load(str(path), "train", 32).templates
+    assert len(set(templates)) == 18
+    assert all(template.count("{c}") == 1 for template in templates)
+    assert {"a photo of a {c}.", "a bad photo of the {c}.", "a photo of the big {c}."} <= set(templates)
+
+
+def test_cifar100_is_read_from_an_archive_in_the_cache(archive, cache):
+    path, pixels = archive
+    cache.mkdir()
     path.rename(cache / path.name)
-    assert torch.equal(images.load("cifar100", "test", 32).images, pixels[4:])  # by name, from the cache
+    assert torch.equal(images.load("cifar100", "test", 32).images, pixels[4:])
 
 
 @pytest.mark.parametrize("by_name", [False, True])
 def test_cifar100_of_another_hash_is_not_unpickled(archive, cache, monkeypatch, by_name):
-    """A pickle runs whatever it asks for: nothing of a changed archive may be opened."""
+    """Catches: Code in a changed archive runs, since a pickle may call anything."""
     path, _ = archive
     path.write_bytes(path.read_bytes() + b"\0")
     if by_name:
@@ -219,7 +311,7 @@ def test_cifar100_of_another_hash_is_not_unpickled(archive, cache, monkeypatch, 
         images.load("cifar100" if by_name else str(path), "train", 32)
 
 
-def test_cifar100_without_network(cache):
+def test_cifar100_without_a_network_names_the_url_and_the_file(cache):
     with pytest.raises(OSError) as caught:
         images.load("cifar100", "train", 32)
     for word in (images.CIFAR_URL, str(cache / "cifar-100-python.tar.gz")):
@@ -228,9 +320,10 @@ def test_cifar100_without_network(cache):
 
 # Pixels
 
-@pytest.mark.parametrize("shape", [(40, 80), (80, 40), (33, 32), (31, 33), (7, 5), (1, 9), (300, 3)])
-def test_resize_crop(shape):
-    """A squeezed aspect ratio, an off-centre crop, another filter: points lost in silence."""
+@pytest.mark.parametrize("shape", [(40, 80), (80, 40), (33, 32), (35, 32), (31, 33), (7, 5), (1, 9),
+                                   (300, 3)])
+def test_an_image_is_resized_on_its_short_side_and_cropped_at_the_center(shape):
+    """Catches: Another aspect ratio, crop, or filter silently costs accuracy."""
     rng = np.random.default_rng(1)
     image = Image.fromarray(rng.integers(0, 256, (*shape[::-1], 3), dtype=np.uint8))
     out = images.resize_crop(image, 32)
@@ -239,56 +332,91 @@ def test_resize_crop(shape):
     resized = image.resize((w, h), Image.BICUBIC)
     left, top = int(round((w - 32) / 2.0)), int(round((h - 32) / 2.0))
     want = torch.from_numpy(np.array(resized)[top: top + 32, left: left + 32]).permute(2, 0, 1)
-    assert out.shape == (3, 32, 32) and out.dtype == torch.uint8 and torch.equal(out, want)
+    assert out.shape == (3, 32, 32)
+    assert out.dtype == torch.uint8
+    assert torch.equal(out, want)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
-def test_resize_crop_of_other_modes(mode):
-    """Greyscale and palette files give one channel, or fail, where they are not converted."""
+def test_an_image_of_any_mode_becomes_rgb(mode):
+    """Catches: Gray and palette files give one channel, or fail."""
     image = Image.new(mode, (20, 10), 1)
     assert images.resize_crop(image, 8).shape == (3, 8, 8)
 
 
-def ramp():
-    return torch.arange(0, 256, 8).float().expand(3, 32, 32)
+RAMP = torch.arange(0, 256, 8, dtype=torch.uint8).expand(512, 3, 32, 32)  # brighter from left to right
 
 
-def test_augment():
-    """One crop for the whole batch, randomness from the global state, crops outside 50 to 100%."""
-    batch = ramp().to(torch.uint8).repeat(512, 1, 1, 1)
-    make = torch.Generator().manual_seed
-    out = images.augment(batch, make(3))
-    assert out.shape == batch.shape and out.dtype == torch.uint8
+@pytest.fixture(scope="module")
+def crops():
+    return images.augment(RAMP, torch.Generator().manual_seed(3))
+
+
+def test_augmented_images_have_the_shape_and_dtype_of_the_images(crops):
+    assert crops.shape == RAMP.shape
+    assert crops.dtype == torch.uint8
+
+
+def test_the_generator_alone_decides_how_images_are_augmented(crops):
+    """Catches: Crops come from the global random state, which a resumed run does not repeat."""
     torch.manual_seed(9)
-    assert torch.equal(out, images.augment(batch, make(3)))
-    assert not torch.equal(out, images.augment(batch, make(4)))
-    assert len(out.flatten(1).unique(dim=0)) > 400  # a crop of its own for each image
-    assert (out.float().mean() - batch.float().mean()).abs() < 3
-    row = out[:, 0, 16].float()
-    flipped, width = row[:, 0] > row[:, -1], (row[:, 0] - row[:, -1]).abs() / 248  # the side of the crop
-    assert 0.4 < flipped.float().mean() < 0.6
-    assert 0.68 < width.min() < 0.73 and 0.97 < width.max() <= 1
-    solid = torch.full((4, 3, 32, 32), 77, dtype=torch.uint8)
-    assert torch.equal(images.augment(solid, make(0)), solid)
+    assert torch.equal(crops, images.augment(RAMP, torch.Generator().manual_seed(3)))
+    assert not torch.equal(crops, images.augment(RAMP, torch.Generator().manual_seed(4)))
 
 
-# Texts
+def test_every_image_of_a_batch_gets_another_crop(crops):
+    assert len(crops.flatten(1).unique(dim=0)) > 400
 
-def test_prompts_and_captions():
-    """Prompts of one class under another, or a caption of the wrong image."""
+
+def test_crops_are_as_bright_as_the_images(crops):
+    assert (crops.float().mean() - RAMP.float().mean()).abs() < 3
+
+
+def test_half_of_the_crops_are_flipped(crops):
+    row = crops[:, 0, 16].float()
+    assert 0.4 < (row[:, 0] > row[:, -1]).float().mean() < 0.6
+
+
+def test_a_crop_has_50_to_100_percent_of_the_area(crops):
+    row = crops[:, 0, 16].float()
+    side = (row[:, 0] - row[:, -1]).abs() / 248
+    assert 0.68 < side.min() < 0.73
+    assert 0.97 < side.max() <= 1
+
+
+def test_a_crop_of_one_color_keeps_the_color():
+    """Catches: The border of a crop is filled with black."""
+    gray = torch.full((4, 3, 32, 32), 77, dtype=torch.uint8)
+    assert torch.equal(images.augment(gray, torch.Generator().manual_seed(0)), gray)
+
+
+# Prompts and captions
+
+def test_prompts_are_the_tokens_of_every_class_in_every_template():
+    """Catches: Prompts of one class are found under another, or all prompts end in padding."""
     prompts = images.prompts(CLASSES, TEMPLATES)
-    assert prompts.shape[:2] == (3, 2) and prompts.shape[2] < 12
+    assert prompts.shape[:2] == (3, 2)
+    assert prompts.shape[2] < 12
     for tokens, name in zip(prompts, CLASSES):
         texts = clip_tokens([f"a photo of a {name}.", f"something {name}."])
-        assert torch.equal(tokens, texts[:, : tokens.shape[1]]) and not texts[:, tokens.shape[1]:].any()
+        assert torch.equal(tokens, texts[:, : tokens.shape[1]])
+        assert not texts[:, tokens.shape[1]:].any()
+
+
+def test_without_captions_the_prompts_of_its_class_are_an_images_captions():
     data = images.Images(None, torch.tensor([2, 0]), CLASSES, TEMPLATES, [])
-    assert torch.equal(images.captions(data), prompts[[2, 0]])
-    own = images.captions(data._replace(captions=["blue thing", "a much longer text about something red"]))
-    assert own.shape[:2] == (2, 1) and own[0, 0, :4].tolist() == clip_tokens(["blue thing"])[0, :4].tolist()
-    assert (own.argmax(-1).flatten() == torch.tensor([3, 8])).all() and own.shape[2] == 9
+    assert torch.equal(images.captions(data), images.prompts(CLASSES, TEMPLATES)[[2, 0]])
 
 
-# Damaged and missing files: the error names what to mend
+def test_a_caption_belongs_to_its_image():
+    texts = ["blue thing", "a much longer text about something red"]
+    captions = images.captions(images.Images(None, torch.tensor([2, 0]), CLASSES, TEMPLATES, texts))
+    assert captions.shape == (2, 1, 9)
+    assert captions[0, 0, :4].tolist() == clip_tokens(["blue thing"])[0, :4].tolist()
+    assert (captions.argmax(-1).flatten() == torch.tensor([3, 8])).all()
+
+
+# Damaged and missing files: the error names the file to repair
 
 TAR, OFFSETS = tar_bytes(pairs([0, 1, 2]))
 BLANK = tar_bytes([*pairs([0]), ("s1.cls", b"1"), ("s1.bmp", bytes(4096)), *pairs([0, 1, 2])[4:]])
@@ -310,9 +438,8 @@ TARS = {
 
 
 @pytest.mark.parametrize("cut", TARS)
-def test_damaged_tar(tmp_path, cut):
-    """tarfile ends quietly at a cut or a damaged header: the rest of the images is then missing."""
-    root = write_webdataset(tmp_path / "data")
+def test_a_truncated_or_damaged_tar_is_named(root, cut):
+    """Catches: Images are silently missing, since tarfile stops without an error at a damaged header."""
     (root / "test" / "0.tar").write_bytes(TARS[cut])
     with pytest.raises(ValueError, match="0.tar") as caught:
         images.load(str(root), "test", 32)
@@ -338,36 +465,35 @@ MEMBERS = {
 
 
 @pytest.mark.parametrize("case", MEMBERS)
-def test_damaged_member(tmp_path, case):
-    """One bad file among thousands: which one?"""
+def test_a_damaged_member_of_a_tar_is_named_and_nothing_is_cached(root, cache, case):
     members, words = MEMBERS[case]
-    root = write_webdataset(tmp_path / "data")
     good = [(f"good{name}", data) for name, data in pairs([0, 1, 2])]
     (root / "test" / "0.tar").write_bytes(tar_bytes(good + members)[0])
     with pytest.raises(ValueError, match=words):
         images.load(str(root), "test", 32)
-    assert not list(images.CACHE.rglob("*test*"))
+    assert not list(cache.rglob("*test*"))
 
 
 @pytest.mark.parametrize("file, content", [
     ("test/nshards.txt", b""), ("test/nshards.txt", b"many"), ("test/nshards.txt", None),
     ("test/0.tar", None), ("classnames.txt", b"\xff\xfe"), ("zeroshot_classification_templates.txt", None)])
-def test_damaged_webdataset_folder(tmp_path, file, content):
-    """A list that is empty, garbled or missing."""
-    path = write_webdataset(tmp_path / "data") / file
+def test_a_list_that_is_empty_garbled_or_missing_is_named(root, file, content):
+    path = root / file
     path.unlink()
     if content is not None:
         path.write_bytes(content)
     with pytest.raises((ValueError, OSError), match=file):
-        images.load(str(tmp_path / "data"), "test", 32)
+        images.load(str(root), "test", 32)
 
 
-def test_class_without_images(tmp_path):
-    """A class that no image shows has no accuracy, and shifts nothing else: most likely files are missing."""
-    root = write_webdataset(tmp_path / "data")
+def test_a_class_without_images_is_named(root):
+    """Catches: Files are missing, and the accuracy is that of the other classes."""
     (root / "test" / "0.tar").write_bytes(tar_bytes(pairs([0, 2]))[0])
     with pytest.raises(ValueError, match="data.*green"):
         images.load(str(root), "test", 32)
+
+
+def test_a_split_without_images_is_named(root):
     for file in (root / "test").glob("*"):
         file.write_text("0" if file.suffix == ".txt" else "")
     with pytest.raises(ValueError, match="data.*test split"):
@@ -385,8 +511,8 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("case", FOLDERS)
-def test_damaged_folder(tmp_path, case):
-    """Splits that do not belong together would give every class another number."""
+def test_what_is_wrong_in_a_folder_of_images_is_named(tmp_path, case):
+    """Catches: A split lacks a class, so that its numbers mean other classes than in the other split."""
     train, test, split, words = FOLDERS[case]
     root = write_folder(tmp_path / "data", train=train, test=test)
     with pytest.raises((ValueError, OSError), match=words):
@@ -394,20 +520,19 @@ def test_damaged_folder(tmp_path, case):
 
 
 @pytest.mark.parametrize("source", ["shapez", "no/such/dir", "/nothing", "nothing/", "./nothing", "../no"])
-def test_unknown_source(source, serve, monkeypatch):
-    """A mistyped path looked up on the hub: the message then speaks of the network."""
+def test_a_mistyped_source_is_not_looked_up_on_the_hub(source, serve, monkeypatch):
+    """Catches: A mistyped path gives an error about the network."""
     server = serve()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     with pytest.raises(ValueError, match="caltech101") as caught:
         images.load(source, "test", 32)
-    assert source in str(caught.value) and not server.seen
+    assert source in str(caught.value)
+    assert not server.seen
 
 
-def test_damaged_cache(tmp_path):
-    """A cache file cut by a crash: the message must say that it can go."""
-    root = write_webdataset(tmp_path / "data")
+def test_the_error_for_a_damaged_cache_file_says_that_it_can_be_deleted(root, cache):
     images.load(str(root), "test", 32)
-    file, = images.CACHE.rglob("*.pt")
+    file, = cache.rglob("*.pt")
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=f"{file}.*delete it"):
+    with pytest.raises(ValueError, match=f"{file}.*delete this"):
         images.load(str(root), "test", 32)

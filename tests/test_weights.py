@@ -1,125 +1,131 @@
-"""Tokenizer and weights: parity with OpenCLIP, every file form, downloads, damaged files, atomic writes."""
+"""From files to models (models/weights.py): forms, configs, shards, the hub, checkpoints, vocabularies."""
 import json
+import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import FIXTURES, REFUSED
+from conftest import FIXTURES, REFUSED, ROOT
+from helpers import edited, error, expected, load, random_ids, write_safetensors
 
+import prt
+from data import files
 from models import weights
-from models.clip import CLIP
-from models.tokenizer import clip_tokens
+from models.clip import CLIP, classifier
+from models.gpt import GPT
+from models.tokenizer import Tokenizer
 
-KINDS = {"openclip_vit": "", "openclip_vit_quickgelu": "", "openclip_rn": "", "openclip_bare": "weights.pt"}
+GPTS = ["gpt2", "gpt2_hub", "llama2", "llama3", "falcon3", "qwen2"]
+CLIPS = ["openclip_vit", "openclip_vit_quickgelu", "openclip_rn", "openclip_bare"]
 VIT = FIXTURES / "openclip_vit"
-BARE = FIXTURES / "openclip_bare" / "weights.pt"
+TOKENIZERS = {name: (FIXTURES / f"{name}_tokenizer" / "tokenizer.json").read_text()
+              for name in ("llama3", "qwen2")}
+LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 
 
-def expected(folder):
-    return torch.load(FIXTURES / folder / "io.pt", weights_only=True)
+@torch.no_grad()
+def assert_gpt(model, name, tolerance=1e-4):
+    io = expected(name)
+    assert error(model(io["ids"]).float(), io["logits"]) < tolerance
 
 
-def features(model, io):
-    with torch.no_grad():
-        return model.encode_image(io["image"]), model.encode_text(io["tokens"])
-
-
-def error(a, b):
-    return (a - b).abs().max().item()
+@torch.no_grad()
+def assert_clip(model, name):
+    io = expected(name)
+    assert error(model.encode_image(io["image"]), io["image_features"]) < 1e-4
+    assert error(model.encode_text(io["tokens"]), io["text_features"]) < 1e-4
 
 
 def bare():
-    return torch.load(BARE, weights_only=True)
+    return torch.load(FIXTURES / "openclip_bare" / "weights.pt", weights_only=True)
 
 
-def write_safetensors(path, tensors, **change):
-    """Writes the format by hand; change: replacements in the last tensor's header entry."""
-    codes = {v: k for k, v in weights.DTYPES.items()}
-    header, body = {"__metadata__": {"format": "pt"}}, b""
-    for name, t in tensors.items():
-        data = t.contiguous().flatten().view(torch.uint8).numpy().tobytes() if t.numel() else b""
-        offsets, body = [len(body), len(body) + len(data)], body + data
-        header[name] = dict(dtype=codes[t.dtype], shape=list(t.shape), data_offsets=offsets)
-    header[name] |= change
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
-    return path
-
-
-# Parity with OpenCLIP
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_parity(kind):
-    """A wrong head count, activation, normalisation or pooling: features move away from OpenCLIP's."""
-    io, model = expected(kind), weights.load(FIXTURES / kind / KINDS[kind], "base")
-    image, text = features(model, io)
-    assert error(image, io["image_features"]) < 1e-4
-    assert error(text, io["text_features"]) < 1e-4
-    with torch.no_grad():
-        logits = model(io["image"][:3], io["tokens"][:3])  # one caption an image
-        scores = model.logit_scale.exp() * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
-    assert error(scores, io["logits_per_image"]) < 1e-4
-    assert error(logits[:3], io["logits_per_image"][:, :3]) < 1e-4
-    assert error(logits[3:], io["logits_per_image"][:, :3].T) < 1e-4
-    assert not model.training and all(p.dtype == torch.float32 for p in model.parameters())
-
-
-def test_quick_gelu_matters(tmp_path):
-    """Dropping the flag of open_clip_config.json: no error anywhere, but other features."""
-    folder = shutil.copytree(FIXTURES / "openclip_vit_quickgelu", tmp_path / "clip")
-    file = folder / "open_clip_config.json"
-    config = json.loads(file.read_text())
-    assert config["model_cfg"].pop("quick_gelu") is True
-    file.write_text(json.dumps(config))
-    io = expected("openclip_vit_quickgelu")
-    image, text = features(weights.load(folder), io)
-    assert error(image, io["image_features"]) > 1e-3 and error(text, io["text_features"]) > 1e-3
-
-
-def test_pixel_mean_and_std_belong_to_the_weights():
-    """CLIP's own mean and std applied to weights that were trained with others."""
-    model, images = weights.load(VIT), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    tokens = expected("openclip_vit")["tokens"][:2]
-    with torch.no_grad():
-        assert error(model(images, tokens), model((images / 255 - 0.5) / 0.25, tokens)) < 1e-5
-    assert weights.load(BARE).arch["mean"] == pytest.approx([0.48145466, 0.4578275, 0.40821073])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_text_padding_is_never_read(kind):
-    """Reading the text feature at the last position, or attending to padding."""
-    io, model = expected(kind), weights.load(FIXTURES / kind / KINDS[kind])
-    with torch.no_grad():
-        for tokens, feature in zip(io["tokens"], io["text_features"]):
-            short = tokens[: tokens.argmax() + 1]
-            assert error(model.encode_text(short[None])[0], feature) < 1e-4
-
-
-# Tokenizer
-
-def test_tokens_are_those_of_openclip():
-    """Cleaning, merges and the split into words: a single other id moves the whole text feature."""
-    cases = json.loads((FIXTURES / "clip_tokens.json").read_text())
-    assert len(cases) > 10
-    for case, ids in zip(cases, clip_tokens([case["text"] for case in cases]).tolist()):
-        assert ids == case["ids"], case["text"]
-
-
-def test_long_text_keeps_its_end():
-    """Cutting the end token off: the text feature is then read at an arbitrary word."""
-    long, exact, short = clip_tokens(["word " * 100, "word " * 75, "word " * 74])
-    assert long[0] == 49406 and long[76] == 49407 and (long != 49407).sum() == 76
-    assert torch.equal(long, exact)
-    assert short[75] == 49407 and short[76] == 0
-    assert clip_tokens(["word " * 9], context=5).tolist() == [[49406, *long[1:4].tolist(), 49407]]
+def tensors_of(name):
+    return {k: x.clone() for k, x in files.read(FIXTURES / name / "model.safetensors").items()}
 
 
 # Forms of a file
 
-def torchscript(path, tensors):
-    """An archive like OpenAI's: half precision, the names nested, three sizes among the buffers."""
+@pytest.mark.parametrize("name", [*GPTS, *CLIPS])
+def test_models_are_loaded_in_eval_mode_and_float32(name):
+    model = load(name, role="base")
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.info["kind"] == ("gpt" if name in GPTS else "clip")
+
+
+def test_bare_state_dict_may_be_a_safetensors_file(tmp_path):
+    model = weights.load(write_safetensors(tmp_path / "bare.safetensors", bare()), "base")
+    assert not model.arch["quick_gelu"]
+    assert model.arch["patch"] == 8 and model.arch["image_size"] == 32
+    assert_clip(model, "openclip_bare")
+
+
+def test_state_dict_may_be_wrapped_as_distributed_training_saves_it(tmp_path):
+    """Catches: OpenCLIP's own training checkpoints, with state_dict and "module.", are not read."""
+    path = tmp_path / "wrapped.pt"
+    torch.save(dict(epoch=3, state_dict={"module." + k: x for k, x in bare().items()}), path)
+    model = weights.load(path, "base")
+    assert not model.arch["quick_gelu"]
+    assert model.arch["patch"] == 8 and model.arch["image_size"] == 32
+    assert_clip(model, "openclip_bare")
+
+
+def test_bare_state_dict_has_the_mean_and_std_of_clip(capsys):
+    """Catches: What a state dict does not name is assumed in silence."""
+    model = load("openclip_bare")
+    assert model.arch["mean"] == pytest.approx([0.48145466, 0.4578275, 0.40821073])
+    assert model.arch["std"] == pytest.approx([0.26862954, 0.26130258, 0.27577711])
+    printed = capsys.readouterr().out
+    assert "weights.pt" in printed and "GELU" in printed
+
+
+def test_logit_scale_is_a_vector_of_one(tmp_path):
+    """Catches: FSDP shards no scalars, which is what the files hold."""
+    assert bare()["logit_scale"].shape == ()
+    assert load("openclip_bare").logit_scale.shape == (1,)
+    wrapped = bare() | dict(logit_scale=bare()["logit_scale"].reshape(1))
+    torch.save(wrapped, tmp_path / "one.pt")
+    assert torch.equal(weights.load(tmp_path / "one.pt").logit_scale, load("openclip_bare").logit_scale)
+
+
+def test_clip_in_half_precision_comes_out_as_float32(tmp_path):
+    """Catches: Half-precision weights give rounded features, or an error about mixed types."""
+    path = write_safetensors(tmp_path / "half.safetensors", {k: x.bfloat16() for k, x in bare().items()})
+    model, io = weights.load(path), expected("openclip_bare")
+    assert all(x.dtype == torch.float32 for x in model.state_dict().values())
+    with torch.no_grad():
+        model.encode_image(io["image"])
+        model.encode_text(io["tokens"])
+
+
+@pytest.mark.parametrize("options", [{}, dict(dtype=torch.float32), dict(dtype=torch.bfloat16)], ids=str)
+def test_gpt_in_half_precision_is_float32_unless_asked(tmp_path, options):
+    """Catches: Weights to train that stay in their file's half precision lose small steps."""
+    folder = edited(tmp_path, "llama2")
+    half = {k: x.bfloat16() for k, x in tensors_of("llama2").items()}
+    write_safetensors(folder / "model.safetensors", half)
+    model, dtype = weights.load(folder, **options), options.get("dtype", torch.float32)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert torch.equal(model.norm.weight, half["model.norm.weight"].to(dtype))
+
+
+def test_folder_may_hold_a_bin_file(tmp_path):
+    """Catches: Older OpenCLIP repositories, which have open_clip_pytorch_model.bin only, are not read."""
+    folder = shutil.copytree(VIT, tmp_path / "clip")
+    file = folder / "open_clip_model.safetensors"
+    torch.save({k: x.clone() for k, x in files.read(file).items()}, folder / "open_clip_pytorch_model.bin")
+    file.unlink()
+    assert_clip(weights.load(folder, "base"), "openclip_vit")
+
+
+def write_torchscript(path, tensors):
+    """Writes an archive like OpenAI's: half precision, nested names, three sizes among the buffers."""
     class Node(torch.nn.Module):
         def forward(self, x):
             return x
@@ -139,230 +145,42 @@ def torchscript(path, tensors):
     return path
 
 
-def test_forms_of_a_bare_state_dict(tmp_path):
-    """A bare .safetensors file, and one as OpenCLIP's distributed training saves it."""
-    wrapped = tmp_path / "wrapped.pt"
-    torch.save(dict(epoch=3, state_dict={"module." + k: v for k, v in bare().items()}), wrapped)
-    io = expected("openclip_bare")
-    for path in (write_safetensors(tmp_path / "bare.safetensors", bare()), wrapped):
-        model = weights.load(path, "base")
-        assert not model.arch["quick_gelu"] and model.arch["patch"] == 8 and model.arch["image_size"] == 32
-        image, text = features(model, io)
-        assert error(image, io["image_features"]) < 1e-4 and error(text, io["text_features"]) < 1e-4
-
-
-def test_half_precision_comes_out_as_float32(tmp_path):
-    """Half-precision weights left as they are: rounded features, or an error about mixed types."""
-    path = write_safetensors(tmp_path / "half.safetensors", {k: v.bfloat16() for k, v in bare().items()})
-    model = weights.load(path)
-    assert all(p.dtype == torch.float32 for p in model.state_dict().values())
-    features(model, expected("openclip_bare"))
-
-
-def test_folder_with_bin_file(tmp_path):
-    """Older OpenCLIP repositories have open_clip_pytorch_model.bin only."""
-    folder = shutil.copytree(VIT, tmp_path / "clip")
-    file = folder / "open_clip_model.safetensors"
-    tensors = {k: v.clone() for k, v in weights.read(file).items()}
-    torch.save(tensors, folder / "open_clip_pytorch_model.bin")
-    file.unlink()
-    io = expected("openclip_vit")
-    assert error(features(weights.load(folder, "base"), io)[0], io["image_features"]) < 1e-4
-
-
+@torch.no_grad()
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torchscript_is_quick_gelu_and_float32(tmp_path):
-    """OpenAI's archives do not name their activation: under the exact GELU they lose points in silence."""
-    model, io = weights.load(torchscript(tmp_path / "ViT.pt", bare()), "base"), expected("openclip_bare")
+    """Catches: OpenAI's archives, which do not name their activation, run with the exact GELU."""
+    io = expected("openclip_bare")
+    model = weights.load(write_torchscript(tmp_path / "ViT.pt", bare()), "base")
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    rounded = {k: v.half().float() for k, v in bare().items()}
-    same, other = (CLIP(model.arch | dict(quick_gelu=quick)).eval() for quick in (True, False))
-    for clip in (same, other):
+    quick, exact = (CLIP(model.arch | dict(quick_gelu=flag)).eval() for flag in (True, False))
+    rounded = {k: x.half().float() for k, x in bare().items()}
+    rounded["logit_scale"] = rounded["logit_scale"].reshape(1)
+    for clip in (quick, exact):
         clip.load_state_dict(rounded)
-    for feature, right, wrong in zip(*(features(m, io) for m in (model, same, other))):
-        assert error(feature, right) < 1e-5 and error(feature, wrong) > 1e-3
-
-
-# Downloads
-
-PATHS = [f"/org/clip/resolve/main/{name}" for name in ("open_clip_config.json", "open_clip_model.safetensors",
-                                                       "open_clip_pytorch_model.bin")]
-
-
-@pytest.fixture
-def hub(serve, monkeypatch):
-    """A hub with the repository org/clip, its config served directly, its weights by another host."""
-    server, store = serve(), serve()
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    store.files["/blob"] = (VIT / "open_clip_model.safetensors").read_bytes()
-    server.files |= {PATHS[0]: (VIT / "open_clip_config.json").read_bytes(), PATHS[1]: f"{store.url}/blob"}
-    server.store = store
-    return server
-
-
-def test_token_stays_with_the_hub(hub, monkeypatch):
-    """The token carried along the redirect to the storage host, and so given away."""
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    io = expected("openclip_vit")
-    assert error(features(weights.load("org/clip", "base"), io)[0], io["image_features"]) < 1e-4
-    assert hub.seen == [(path, "Bearer hf_secret") for path in PATHS[:2]]
-    assert hub.store.seen == [("/blob", None)]
-    weights.download(f"{hub.store.url}/blob", weights.CACHE / "elsewhere")
-    assert hub.store.seen[1:] == [("/blob", None)]
-
-
-def test_no_token_no_header(hub):
-    weights.load("org/clip")
-    assert {token for _, token in hub.seen} == {None}
-
-
-def test_token_is_never_printed(hub, monkeypatch):
-    """A token with the newline of its file: the header is refused with a message that quotes it."""
-    monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
-    try:
-        weights.load("org/clip")
-    except (OSError, ValueError) as error:
-        assert "hf_secret" not in str(error)
-
-
-@pytest.mark.parametrize("binary", [False, True])
-def test_downloaded_once(hub, cache, binary):
-    """A cached model that still needs the network; without .safetensors that file is asked for again."""
-    if binary:
-        torch.save({k: v.clone() for k, v in weights.read(VIT / "open_clip_model.safetensors").items()},
-                   cache.with_name("clip.bin"))
-        hub.files |= {PATHS[1]: 404, PATHS[2]: cache.with_name("clip.bin").read_bytes()}
-    weights.load("org/clip")
-    asked = len(hub.seen)
-    assert asked == 2 + binary
-    weights.load("org/clip")
-    assert len(hub.seen) == asked
-
-
-def test_short_body_leaves_nothing(hub, cache):
-    """A dropped connection whose half file is taken for the whole one from then on."""
-    hub.store.lost = 10
-    with pytest.raises(OSError, match="/org/clip/resolve/main/open_clip_model.safetensors"):
-        weights.load("org/clip")
-    assert [p.name for p in cache.rglob("*") if p.is_file()] == ["open_clip_config.json"]
-    hub.store.lost = 0
-    weights.load("org/clip")
-
-
-def test_refusals_of_the_hub(hub, cache):
-    """A gated model and a misspelt one told apart."""
-    hub.files[PATHS[1]] = 404
-    with pytest.raises(FileNotFoundError, match="org/clip: holds no .*safetensors and no .*bin"):
-        weights.load("org/clip")
-    for status in (401, 403):
-        hub.files[PATHS[0]] = status
-        shutil.rmtree(cache, ignore_errors=True)
-        with pytest.raises(OSError, match=PATHS[0]) as caught:
-            weights.load("org/clip")
-        assert "HF_TOKEN" in str(caught.value) and str(status) in str(caught.value)
-        assert not isinstance(caught.value, FileNotFoundError)
-        assert not [p for p in cache.rglob("*") if p.is_file()]
-
-
-def test_no_connection(monkeypatch, cache):
-    """Without network the message must say what to fetch and where to put it."""
-    monkeypatch.setenv("HF_ENDPOINT", REFUSED)
-    with pytest.raises(OSError) as caught:
-        weights.load("org/clip")
-    place = cache / "hub/org/clip/open_clip_config.json"
-    assert REFUSED + PATHS[0] in str(caught.value) and str(place) in str(caught.value)
-    shutil.copytree(VIT, place.parent, dirs_exist_ok=True)  # put there by hand, it is found
-    weights.load("org/clip")
-
-
-@pytest.mark.parametrize("source", ["nothing", "no/such/folder", "/nothing", "../nothing", "out/base.pt"])
-def test_mistyped_path_is_no_hub_id(source, serve, monkeypatch):
-    """A mistyped path looked up on the hub: the message then speaks of the network."""
-    server = serve()
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    with pytest.raises(FileNotFoundError, match=source):
-        weights.load(source)
-    assert not server.seen
-
-
-# safetensors
-
-TENSORS = dict(a=torch.arange(6.0).reshape(2, 3), b=torch.tensor([1.5, -2], dtype=torch.bfloat16),
-               none=torch.empty(0, 4), scalar=torch.tensor(3), mask=torch.tensor([True, False]))
-
-
-def test_safetensors_round_trip(tmp_path):
-    """Every type at its offset, empty tensors with their shape, and the metadata left out."""
-    read = weights.read(write_safetensors(tmp_path / "t.safetensors", TENSORS))
-    assert list(read) == list(TENSORS)
-    for name, t in TENSORS.items():
-        assert read[name].dtype == t.dtype and read[name].shape == t.shape and torch.equal(read[name], t)
-
-
-def test_safetensors_is_mapped_copy_on_write(tmp_path):
-    """Training through the memory map: it must neither fail nor change the file."""
-    path = write_safetensors(tmp_path / "t.safetensors", TENSORS)
-    before = path.read_bytes()
-    a = weights.read(path)["a"]
-    a += 1
-    assert torch.equal(a, TENSORS["a"] + 1) and path.read_bytes() == before
-    assert torch.equal(weights.read(path)["a"], TENSORS["a"])
-    a = weights.read(write_safetensors(tmp_path / "big.safetensors", dict(a=torch.zeros(1 << 20))))["a"]
-    if Path("/proc/self/maps").exists():  # Linux: the tensor lies in a private mapping of the file
-        maps = [line.split() for line in open("/proc/self/maps") if "big.safetensors" in line]
-        (low, high, mode), = ((*(int(end, 16) for end in span.split("-")), mode) for span, mode, *_ in maps)
-        assert low < a.data_ptr() < high and mode == "rw-p"
-
-
-DAMAGE = {
-    "bad header length": lambda data: (1 << 60).to_bytes(8, "little") + data[8:],
-    "header length one short": lambda data: bytes([data[0] - 1]) + data[1:],
-    "header is a list": lambda data: (2).to_bytes(8, "little") + b"[]",
-    "no utf-8": lambda data: data[:9] + b"\xff" + data[10:],
-    "truncated data": lambda data: data[:-1],
-    "truncated header": lambda data: data[:40],
-    "truncated length": lambda data: data[:5],
-    "empty": lambda data: b"",
-}
-ENTRY = {
-    "offsets beyond the end": dict(data_offsets=[0, 800], shape=[200]),
-    "negative offset": dict(data_offsets=[-8, 0]),
-    "offsets swapped": dict(data_offsets=[8, 0]),
-    "shape too small": dict(shape=[1]),
-    "shape too large": dict(shape=[3]),
-    "negative shape": dict(shape=[-2]),
-    "two negative sizes": dict(shape=[-1, -2]),
-    "fractional shape": dict(shape=[0.5, 4]),
-    "shape beyond 64 bits": dict(shape=[1 << 70, 0], data_offsets=[0, 0]),
-    "unknown dtype": dict(dtype="F4"),
-    "no dtype": dict(dtype=None),
-    "entry without offsets": dict(data_offsets=None),
-    "one offset": dict(data_offsets=[0]),
-}
-
-
-@pytest.mark.parametrize("damage", [*DAMAGE, *ENTRY])
-def test_damaged_safetensors(tmp_path, damage):
-    """Reading past the end of the file, or an exception that does not say which file it was."""
-    path = write_safetensors(tmp_path / "t.safetensors", dict(a=torch.arange(2.0)), **ENTRY.get(damage, {}))
-    if damage in DAMAGE:
-        path.write_bytes(DAMAGE[damage](path.read_bytes()))
-    with pytest.raises(ValueError, match="t.safetensors"):
-        weights.read(path)
+    for encode, x in ((CLIP.encode_image, io["image"]), (CLIP.encode_text, io["tokens"])):
+        assert error(encode(model, x), encode(quick, x)) < 1e-5
+        assert error(encode(model, x), encode(exact, x)) > 1e-3
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
-def test_damaged_pt(tmp_path, keep):
-    """A .pt file cut by a full disk or an aborted copy."""
-    data = BARE.read_bytes()
+def test_truncated_files_are_refused(tmp_path, keep):
+    data = (FIXTURES / "openclip_bare" / "weights.pt").read_bytes()
     path = tmp_path / "cut.pt"
     path.write_bytes(data[: int(keep * len(data)) if keep < 1 else keep])
     with pytest.raises(ValueError, match="cut.pt"):
         weights.load(path)
 
 
+@pytest.mark.parametrize("content", [[1, 2], {}, dict(step=3), dict(kind="clip"), dict(kind="odd", model={})])
+def test_other_files_of_torch_are_refused(tmp_path, content):
+    """Catches: A file that is neither a CLIP nor a checkpoint of this project is taken for one."""
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt"):
+        weights.load(tmp_path / "other.pt")
+
+
 def test_pickles_run_no_code(tmp_path):
-    """Unpickling a checkpoint from elsewhere runs whatever it asks for."""
+    """Catches: A checkpoint from elsewhere runs whatever it asks for."""
     class Trap:
         def __reduce__(self):
             return (tmp_path / "trapped").touch, ()
@@ -373,32 +191,109 @@ def test_pickles_run_no_code(tmp_path):
     assert not (tmp_path / "trapped").exists()
 
 
-# Writing
-
-def test_save_is_atomic(tmp_path, monkeypatch):
-    """A full disk in the middle of a write: the old checkpoint must survive, no half one may stay."""
-    path = tmp_path / "out" / "model.pt"
-    checkpoint = dict(kind="clip", arch=dict(layers=[1, 2]), model=dict(a=torch.ones(2)), step=3)
-    weights.save(path, checkpoint)
-    assert torch.load(path, weights_only=True)["arch"] == dict(layers=[1, 2])
-    before = path.read_bytes()
-
-    def full(checkpoint, f):
-        f.write(b"half a checkpoint")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    for target in (path, path.with_name("new.pt")):
-        with pytest.raises(OSError) as caught:
-            weights.save(target, checkpoint)
-        assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
-    assert "new.pt" in str(caught.value)  # which disk is full
+@pytest.mark.parametrize("source", ["nothing", "no/such/folder", "/nothing", "../nothing", "out/base.pt"])
+def test_mistyped_path_is_no_hub_id(source, serve, monkeypatch):
+    """Catches: A mistyped path is looked up on the hub, and the message speaks of the network."""
+    server = serve()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    with pytest.raises(FileNotFoundError, match=source):
+        weights.load(source)
+    assert not server.seen
 
 
-# CLIPs that do not fit
+# config.json
 
-def folder_with(tmp_path, vision=None, text=None, **model):
-    folder = shutil.copytree(VIT, tmp_path / "clip")
+SCALING = dict(factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0, original_max_position_embeddings=64)
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_rope_scaling_under_its_old_keys_is_read(tmp_path, key):
+    """Catches: The scaling in Llama 3.1's own config.json is overlooked, which moves every logit a little."""
+    folder = edited(tmp_path, "llama3", drop=["rope_parameters"], rope_theta=500000.0,
+                    rope_scaling=SCALING | {key: "llama3"})
+    model = weights.load(folder)
+    assert torch.equal(model.rope, load("llama3").rope)
+    assert_gpt(model, "llama3")
+
+
+def test_rope_scaling_changes_the_logits(tmp_path):
+    """Catches: The test above would pass without any scaling."""
+    plain = edited(tmp_path, "llama3", drop=["rope_parameters"], rope_theta=500000.0, rope_scaling=None)
+    io = expected("llama3")
+    with torch.no_grad():
+        assert error(weights.load(plain)(io["ids"]), io["logits"]) > 1e-3
+
+
+def test_default_theta_is_10000(tmp_path):
+    """Catches: Llama 2's config.json, which names no rope_theta, is refused or read with another."""
+    assert_gpt(weights.load(edited(tmp_path, "llama2", drop=["rope_parameters"])), "llama2")
+
+
+def test_end_token_is_the_first_of_several(tmp_path):
+    """Catches: Llama 3's list of end tokens reaches a tensor operation."""
+    assert weights.load(edited(tmp_path, "llama3", eos_token_id=[5, 6])).arch["end"] == 5
+
+
+def test_end_token_may_be_missing():
+    assert load("llama2").arch["end"] == 2
+    assert load("qwen2").arch["end"] is None
+
+
+@pytest.mark.parametrize("name, change, word", [
+    ("llama3", dict(rope_parameters=SCALING | dict(rope_type="yarn", rope_theta=1e4)), "rope_type yarn"),
+    ("llama3", dict(rope_parameters=None, rope_scaling=dict(type="linear", factor=2.0)), "rope_type linear"),
+    ("llama2", dict(model_type="mistral"), "model_type mistral"),
+    ("llama2", dict(model_type=None), "model_type None"),
+    ("llama2", dict(attention_bias=True), "attention_bias True"),
+    ("llama2", dict(mlp_bias=True), "mlp_bias True"),
+    ("llama2", dict(hidden_act="gelu"), "hidden_act gelu"),
+    ("llama2", dict(quantization_config=dict(bits=4)), "quantization_config"),
+    ("qwen2", dict(use_sliding_window=True), "use_sliding_window True"),
+    ("gpt2", dict(activation_function="relu"), "activation_function relu"),
+    ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights False"),
+    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx True"),
+])
+def test_unsupported_options_are_refused(tmp_path, name, change, word):
+    """Catches: A variant that is not implemented is loaded as if it were the plain model."""
+    with pytest.raises(ValueError, match=word) as caught:
+        weights.load(edited(tmp_path, name, **change))
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["model_type", "vocab_size", "hidden_size", "num_hidden_layers",
+                                 "num_attention_heads", "max_position_embeddings", "rms_norm_eps"])
+def test_missing_keys_are_named(tmp_path, key):
+    """Catches: A value that no default can replace is None until the first forward pass."""
+    with pytest.raises(ValueError, match=f"config.json.* lacks .*{key}"):
+        weights.load(edited(tmp_path, "llama2", drop=[key]))
+
+
+@pytest.mark.parametrize("change", [
+    dict(num_hidden_layers=10**9), dict(num_hidden_layers=2), dict(num_hidden_layers=4),
+    dict(num_hidden_layers=-1), dict(num_hidden_layers=2.5), dict(num_hidden_layers="3"),
+    dict(num_attention_heads=0), dict(num_attention_heads=5), dict(num_key_value_heads=3),
+    dict(hidden_size=72), dict(intermediate_size=10**12), dict(vocab_size=511), dict(vocab_size=10**12),
+    dict(head_dim=8), dict(rope_parameters=[1])])
+def test_config_that_does_not_fit_the_tensors_is_refused(tmp_path, change):
+    """Catches: Modules are built for hours, tensors are dropped in silence, or the error names no file."""
+    with pytest.raises(ValueError, match="config.json"):
+        weights.load(edited(tmp_path, "llama2", **change))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", "", "null", '{"model_type": "llama"}', "\0"])
+def test_damaged_config_of_a_gpt_is_refused(tmp_path, text):
+    folder = edited(tmp_path, "llama2")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=str(folder / "config.json")):
+        weights.load(folder)
+
+
+# open_clip_config.json
+
+def edited_clip(tmp_path, name="openclip_vit", vision=None, text=None, **model):
+    """Returns a copy of a CLIP's fixture with another open_clip_config.json."""
+    folder = shutil.copytree(FIXTURES / name, tmp_path / "clip")
     file = folder / "open_clip_config.json"
     config = json.loads(file.read_text())
     config["model_cfg"] |= model
@@ -408,26 +303,64 @@ def folder_with(tmp_path, vision=None, text=None, **model):
     return folder
 
 
+@torch.no_grad()
+def test_quick_gelu_is_read_from_the_config(tmp_path):
+    """Catches: The flag of open_clip_config.json is dropped: other features, without any error."""
+    folder, io = edited_clip(tmp_path, "openclip_vit_quickgelu"), expected("openclip_vit_quickgelu")
+    file = folder / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    assert config["model_cfg"].pop("quick_gelu") is True
+    file.write_text(json.dumps(config))
+    model = weights.load(folder)
+    assert error(model.encode_image(io["image"]), io["image_features"]) > 1e-3
+    assert error(model.encode_text(io["tokens"]), io["text_features"]) > 1e-3
+
+
 @pytest.mark.parametrize("part, key, value", [
     ("vision", "pool_type", "avg"), ("vision", "timm_model_name", "vit"),
     ("text", "hf_model_name", "roberta"), ("model", "custom_text", True)])
-def test_unknown_config_key(tmp_path, part, key, value):
-    """A variant that is not implemented, loaded as if it were the plain model: other features, no error."""
+def test_unknown_options_of_a_clip_are_refused(tmp_path, part, key, value):
+    """Catches: A variant that is not implemented is loaded as if it were the plain model."""
     change = {key: value} if part == "model" else {part: {key: value}}
     with pytest.raises(ValueError, match=key) as caught:
-        weights.load(folder_with(tmp_path, **change))
+        weights.load(edited_clip(tmp_path, **change))
     assert str(tmp_path / "clip") in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_cfg": null}', ""])
-def test_damaged_config(tmp_path, text):
-    folder = folder_with(tmp_path)
+def test_damaged_config_of_a_clip_is_refused(tmp_path, text):
+    folder = edited_clip(tmp_path)
     (folder / "open_clip_config.json").write_text(text)
     with pytest.raises(ValueError, match=str(folder)):
         weights.load(folder)
 
 
-WRONG = {
+def test_heads_that_do_not_divide_the_width_are_refused(tmp_path):
+    """Catches: 64 // 48 = 1 head is another model than the config asks for."""
+    with pytest.raises(ValueError, match="head"):
+        weights.load(edited_clip(tmp_path, vision=dict(head_width=48)))
+
+
+# Tensors, shards, the index
+
+@pytest.mark.parametrize("name, norm", [("gpt2", "transformer.ln_f.weight"), ("llama2", "model.norm.weight")])
+@pytest.mark.parametrize("change, word", [
+    (lambda tensors, norm: tensors.pop(norm), "norm.weight"),
+    (lambda tensors, norm: tensors.update({"model.extra.weight": torch.ones(2)}), "extra.weight"),
+    (lambda tensors, norm: tensors.update({norm: torch.ones(3)}), "norm.weight")],
+    ids=["missing", "left over", "misshapen"])
+def test_tensors_that_do_not_fit_a_gpt_are_named(tmp_path, name, norm, change, word):
+    """Catches: Tensors are dropped, or weights left without a value, in silence."""
+    folder, tensors = edited(tmp_path, name), tensors_of(name)
+    assert norm in tensors
+    change(tensors, norm)
+    write_safetensors(folder / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match=str(folder)) as caught:
+        weights.load(folder)
+    assert word in str(caught.value)
+
+
+MISFITS = {
     "ln_final.bias missing": {"ln_final.bias": None},
     "text_projection missing": {"text_projection": None},
     "left over": {"visual.extra": torch.ones(2)},
@@ -441,33 +374,526 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_tensors_that_do_not_fit(tmp_path, wrong):
-    """Tensors dropped or left at random values in silence, or an error that does not name file and tensor."""
-    (name, value), = WRONG[wrong].items()
-    torch.save({k: v for k, v in (bare() | WRONG[wrong]).items() if v is not None}, tmp_path / "odd.pt")
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_tensors_that_do_not_fit_a_clip_are_named(tmp_path, misfit):
+    """Catches: Tensors are dropped or left at random values, or the error does not name file and tensor."""
+    (name, value), = MISFITS[misfit].items()
+    tensors = {k: x for k, x in (bare() | MISFITS[misfit]).items() if x is not None}
+    torch.save(tensors, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match=r"odd\.pt") as caught:
         weights.load(tmp_path / "odd.pt")
     if value is None or torch.is_tensor(value):
         assert name in str(caught.value)
 
 
-def test_heads_that_do_not_divide_the_width(tmp_path):
-    """64 // 48 = 1 head is another model than the config asks for."""
-    with pytest.raises(ValueError, match="head"):
-        weights.load(folder_with(tmp_path, vision=dict(head_width=48)))
+@pytest.mark.parametrize("name, buffers", [
+    ("gpt2", {"transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64),
+              "transformer.h.1.attn.masked_bias": torch.ones(1),
+              "lm_head.weight": torch.ones(512, 48)}),
+    ("llama2", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})], ids=["gpt2", "llama2"])
+def test_buffers_of_old_files_are_skipped(tmp_path, name, buffers):
+    """Catches: Causal masks, RoPE tables, and tied matrices that older files hold are refused."""
+    folder = edited(tmp_path, name)
+    write_safetensors(folder / "model.safetensors", tensors_of(name) | buffers)
+    assert_gpt(weights.load(folder), name)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {}, dict(step=3), dict(kind="clip"), dict(kind="odd", model={})])
-def test_other_torch_files(tmp_path, content):
-    """A file of torch that is no CLIP and no checkpoint of this project."""
-    torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="other.pt"):
-        weights.load(tmp_path / "other.pt")
+@pytest.mark.parametrize("name, file", [("llama3", "model-00005-of-00009.safetensors"),
+                                        ("llama2", "model.safetensors")])
+def test_missing_file_is_named(tmp_path, name, file):
+    """Catches: A download that stopped between two shards gives an error about tensors."""
+    folder = edited(tmp_path, name)
+    (folder / file).unlink()
+    with pytest.raises(FileNotFoundError, match=file) as caught:
+        weights.load(folder)
+    assert str(folder) in str(caught.value)
 
 
-def test_roles(tiny):
-    """A reward taken for a base, or plain fine-tuning for a reward: the numbers would only look bad."""
-    for name, role in dict(old="prt", reward="base", ft="prt", new="ft").items():
-        with pytest.raises(ValueError, match=f"{name}.pt is .* is needed here"):
-            weights.load(getattr(tiny, name), role)
+def test_damaged_shard_is_named(tmp_path):
+    """Catches: The folder is named, but not the shard that must be downloaded again."""
+    folder = edited(tmp_path, "llama3")
+    shard = folder / "model-00004-of-00009.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=shard.name):
+        weights.load(folder)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "sub/x.safetensors", "..", "", 3])
+def test_index_may_not_leave_its_folder(tmp_path, name):
+    """Catches: An index from elsewhere reads, or on a hub writes, files outside the model's folder."""
+    folder = edited(tmp_path, "llama3")
+    shutil.copy(folder / "model-00001-of-00009.safetensors", tmp_path / "x.safetensors")
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["model.embed_tokens.weight"] = name
+    file.write_text(json.dumps(index))
+    with pytest.raises((ValueError, OSError), match=str(folder)) as caught:
+        weights.load(folder)
+    if "x.safetensors" in str(name):
+        assert isinstance(caught.value, ValueError)
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', ""])
+def test_damaged_index_is_refused(tmp_path, text):
+    folder = edited(tmp_path, "llama3")
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=str(folder)):
+        weights.load(folder)
+
+
+# GPTs on the hub
+
+def gpt_url(name):
+    return f"/org/gpt/resolve/main/{name}"
+
+
+@pytest.fixture
+def gpt_hub(serve, monkeypatch):
+    """A hub with the sharded repository org/gpt and its tokenizer."""
+    server = serve()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    paths = [path for path in (FIXTURES / "llama3").iterdir() if path.name != "io.pt"]
+    server.files |= {gpt_url(path.name): path.read_bytes() for path in paths}
+    server.files[gpt_url("tokenizer.json")] = TOKENIZERS["llama3"].encode()
+    return server
+
+
+def test_gpt_of_the_hub_is_downloaded_once(gpt_hub):
+    """Catches: Shards or the tokenizer are missed, or a cached model still needs the network."""
+    for _ in range(2):
+        model = weights.load("org/gpt", "base", text=True)
+        assert_gpt(model, "llama3")
+        assert model.info["tokenizer"] == TOKENIZERS["llama3"]
+    urls = [url for url, _ in gpt_hub.seen]
+    assert all(urls.count(url) == 1 for url in gpt_hub.files)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00003-of-00009.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("status", [401, 403])
+def test_gated_gpt_is_refused_with_a_hint(gpt_hub, name, status):
+    """Catches: The message does not say which file is gated, where its license is, and what to set."""
+    gpt_hub.files[gpt_url(name)] = status
+    with pytest.raises(OSError, match=gpt_url(name)) as caught:
+        weights.load("org/gpt")
+    assert not isinstance(caught.value, FileNotFoundError)
+    assert f"license at {gpt_hub.url}/org/gpt," in str(caught.value)
+    assert "HF_TOKEN" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json",
+                                  "model-00003-of-00009.safetensors"])
+def test_missing_file_of_the_hub_is_named(gpt_hub, name):
+    gpt_hub.files[gpt_url(name)] = 404
+    with pytest.raises(FileNotFoundError, match=name) as caught:
+        weights.load("org/gpt")
+    assert "org/gpt" in str(caught.value)
+
+
+def test_index_of_the_hub_may_not_leave_its_folder(gpt_hub, cache):
+    index = json.loads(gpt_hub.files[gpt_url("model.safetensors.index.json")])
+    index["weight_map"]["model.norm.weight"] = "../../../x.safetensors"
+    gpt_hub.files[gpt_url("model.safetensors.index.json")] = json.dumps(index).encode()
+    with pytest.raises(ValueError, match="x.safetensors"):
+        weights.load("org/gpt")
+    assert not any("x.safetensors" in url for url, _ in gpt_hub.seen)
+    assert not list(cache.rglob("x.safetensors"))
+
+
+# CLIPs on the hub
+
+CONFIG, SAFETENSORS, BIN = (f"/org/clip/resolve/main/{name}" for name in (
+    "open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"))
+
+
+@pytest.fixture
+def clip_hub(serve, monkeypatch):
+    """A hub with the repository org/clip: its config served directly, its weights by another host."""
+    server, store = serve(), serve()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    store.files["/blob"] = (VIT / "open_clip_model.safetensors").read_bytes()
+    server.files |= {CONFIG: (VIT / "open_clip_config.json").read_bytes(), SAFETENSORS: f"{store.url}/blob"}
+    server.store = store
+    return server
+
+
+def test_clip_of_the_hub_needs_the_token_for_its_two_files_only(clip_hub, monkeypatch):
+    """Catches: The token follows the redirect to the storage host, and so is given away."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert_clip(weights.load("org/clip", "base"), "openclip_vit")
+    assert clip_hub.seen == [(CONFIG, "Bearer hf_secret"), (SAFETENSORS, "Bearer hf_secret")]
+    assert clip_hub.store.seen == [("/blob", None)]
+
+
+def test_clip_of_the_hub_needs_no_token(clip_hub):
+    weights.load("org/clip")
+    assert {token for _, token in clip_hub.seen} == {None}
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_clip_of_the_hub_is_downloaded_once(clip_hub, binary, tmp_path):
+    """Catches: A cached model needs the network, or asks again for the .safetensors that it does not have."""
+    if binary:
+        tensors = {k: x.clone() for k, x in files.read(VIT / "open_clip_model.safetensors").items()}
+        torch.save(tensors, tmp_path / "clip.bin")
+        clip_hub.files |= {SAFETENSORS: 404, BIN: (tmp_path / "clip.bin").read_bytes()}
+    weights.load("org/clip")
+    assert len(clip_hub.seen) == 2 + binary
+    weights.load("org/clip")
+    assert len(clip_hub.seen) == 2 + binary
+
+
+def test_short_body_of_the_hub_leaves_nothing(clip_hub, cache):
+    """Catches: The half file of a dropped connection is taken for the whole one from then on."""
+    clip_hub.store.lost = 10
+    with pytest.raises(OSError, match=SAFETENSORS):
+        weights.load("org/clip")
+    assert [path.name for path in cache.rglob("*") if path.is_file()] == ["open_clip_config.json"]
+    clip_hub.store.lost = 0
+    weights.load("org/clip")
+
+
+def test_clip_of_the_hub_without_weights_is_missing(clip_hub):
+    clip_hub.files[SAFETENSORS] = 404
+    with pytest.raises(FileNotFoundError, match="org/clip: holds no .*safetensors and no .*bin"):
+        weights.load("org/clip")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_gated_clip_is_told_from_a_misspelled_one(clip_hub, cache, status):
+    """Catches: A gated model is reported as missing."""
+    clip_hub.files[CONFIG] = status
+    with pytest.raises(OSError, match=CONFIG) as caught:
+        weights.load("org/clip")
+    assert "HF_TOKEN" in str(caught.value)
+    assert str(status) in str(caught.value)
+    assert not isinstance(caught.value, FileNotFoundError)
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_without_network_a_clip_may_be_put_into_the_cache_by_hand(monkeypatch, cache):
+    """Catches: The message does not say what to download, or where to put it."""
+    monkeypatch.setenv("HF_ENDPOINT", REFUSED)
+    file = cache / "hub/org/clip/open_clip_config.json"
+    with pytest.raises(OSError) as caught:
+        weights.load("org/clip")
+    assert REFUSED + CONFIG in str(caught.value)
+    assert str(file) in str(caught.value)
+    shutil.copytree(VIT, file.parent, dirs_exist_ok=True)
+    weights.load("org/clip")
+
+
+# Checkpoints and roles
+
+def gpt_checkpoint(model, **header):
+    return dict(kind="gpt", arch=model.arch, tokenizer=TOKENIZERS["llama3"], template="{}", data="x",
+                args={}, model=model.state_dict(), step=3) | header
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+@pytest.mark.parametrize("role, dtype", [("prt", torch.float32), (None, torch.bfloat16)])
+def test_checkpoint_of_a_gpt_gives_its_model_back(tmp_path, name, role, dtype):
+    """Catches: A saved reward answers otherwise than the one that was trained."""
+    header = dict(method="prt", beta=0.5, source="here")
+    checkpoint = gpt_checkpoint(load(name), **header, optimizer=dict(step=torch.ones(())))
+    files.save(tmp_path / "r.pt", checkpoint)
+    model = weights.load(tmp_path / "r.pt", role, text=True, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model.arch == load(name).arch
+    assert model.info.items() >= dict(header, step=3, template="{}").items()
+    assert "model" not in model.info and "optimizer" not in model.info
+    assert_gpt(model, name, 1e-4 if role else 0.3)
+
+
+@torch.no_grad()
+def test_checkpoint_of_a_clip_gives_its_model_back(tmp_path):
+    model = load("openclip_rn")
+    files.save(tmp_path / "clip.pt", dict(kind="clip", arch=model.arch, model=model.state_dict(), step=3))
+    again = weights.load(tmp_path / "clip.pt", "base", text=False)
+    assert again.arch == model.arch and again.info == dict(kind="clip", arch=model.arch, step=3)
+    assert_clip(again, "openclip_rn")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["openclip_vit", "openclip_rn"])
+def test_checkpoint_of_a_classifier_gives_its_model_back(tmp_path, name):
+    io = expected(name)
+    model = classifier(load(name), io["tokens"][:, None])
+    checkpoint = dict(kind="classifier", method="prt", arch=model.arch, model=model.state_dict(), beta=0.5)
+    files.save(tmp_path / "reward.pt", checkpoint)
+    again = weights.load(tmp_path / "reward.pt", "prt", text=False)
+    assert again.arch == model.arch and again.info["beta"] == 0.5
+    assert torch.equal(again(io["image"]), model(io["image"]))
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory, tiny):
+    """Checkpoints of each role for text, and one for images."""
+    root = tmp_path_factory.mktemp("roles")
+    for name, header in dict(base={}, reward=dict(method="prt"), tuned=dict(method="ft")).items():
+        files.save(root / f"{name}.pt", gpt_checkpoint(load("llama3"), **header))
+    return dict(base=root / "base.pt", reward=root / "reward.pt", tuned=root / "tuned.pt",
+                folder=FIXTURES / "llama3", images=tiny.reward)
+
+
+@pytest.mark.parametrize("name, role", [("base", "base"), ("reward", "prt"), ("tuned", "ft"),
+                                        ("folder", "base")])
+def test_model_of_the_needed_role_is_loaded(paths, name, role):
+    assert weights.load(paths[name], role, text=True).info["kind"] == "gpt"
+
+
+@pytest.mark.parametrize("name, role, text, words", [
+    ("reward", "base", True, "reward.pt is a reward for text; a base for text is needed here"),
+    ("tuned", "prt", None, "tuned.pt is a fine-tuned model for text; a reward for text is"),
+    ("base", "base", False, "base.pt is a base for text; a base for images is"),
+    ("folder", "prt", None, "llama3 is a base for text; a reward for text is"),
+    ("images", None, True, "reward.pt is a reward for images; a reward for text is")])
+def test_model_of_another_role_is_refused(paths, name, role, text, words):
+    """Catches: A reward is taken for a base, or an image model for a text model: bad figures, no error."""
+    with pytest.raises(ValueError, match=words):
+        weights.load(paths[name], role, text=text)
+
+
+@pytest.mark.parametrize("name, role", [("old", "prt"), ("reward", "base"), ("ft", "prt"), ("new", "ft")])
+def test_image_model_of_another_role_is_refused(tiny, name, role):
+    """Catches: A reward is taken for a base, or plain fine-tuning for a reward: bad figures, no error."""
+    with pytest.raises(ValueError, match=f"{name}.pt is .* is needed here"):
+        weights.load(getattr(tiny, name), role)
+
+
+@pytest.mark.parametrize("name, text", [("openclip_vit", True), ("llama3", False)])
+def test_folder_of_the_other_layout_is_refused(name, text):
+    with pytest.raises((ValueError, OSError), match=f"{name}.*config.json"):
+        weights.load(FIXTURES / name, text=text)
+
+
+@pytest.mark.parametrize("change", [dict(arch=None), dict(arch={}), dict(model={}), dict(model=None),
+                                    dict(kind="other"), dict(method="rlhf")], ids=str)
+def test_damaged_checkpoint_is_refused(tmp_path, change):
+    files.save(tmp_path / "r.pt", gpt_checkpoint(load("llama3")) | change)
+    with pytest.raises(ValueError, match="r.pt"):
+        weights.load(tmp_path / "r.pt")
+
+
+@pytest.mark.parametrize("change", [
+    dict(layers=10**9), dict(layers=2), dict(width=32), dict(vocab=511), dict(heads=2), dict(kv_heads=4),
+    dict(mlp=97), dict(tied=False), dict(layer_norm=True), dict(gated_mlp=False), dict(qkv_bias=True),
+    dict(bias=True), dict(rope=None)], ids=str)
+def test_checkpoint_with_another_architecture_is_refused(tmp_path, change):
+    """Catches: Modules are built for hours, or tensors are dropped in silence."""
+    checkpoint = gpt_checkpoint(load("llama3"))
+    files.save(tmp_path / "r.pt", checkpoint | dict(arch=checkpoint["arch"] | change))
+    with pytest.raises(ValueError, match="r.pt"):
+        weights.load(tmp_path / "r.pt")
+
+
+@pytest.mark.parametrize("key", ["vocab", "layers", "rope", "layer_norm", "gated_mlp", "qkv_bias", "bias"])
+def test_checkpoint_without_a_part_of_its_architecture_is_refused(tmp_path, key):
+    checkpoint = gpt_checkpoint(load("llama3"))
+    arch = {k: value for k, value in checkpoint["arch"].items() if k != key}
+    files.save(tmp_path / "r.pt", checkpoint | dict(arch=arch))
+    with pytest.raises(ValueError, match=f"r.pt.*{key}"):
+        weights.load(tmp_path / "r.pt")
+
+
+@pytest.mark.parametrize("change, word", [
+    (dict(layers=3000), "layers in"), (dict(layers=[1, 1, 1, 3000]), "layers in"),
+    (dict(layers=1), "resblocks"), (dict(embed_dim=16), "proj"),
+    (dict(image_size=40), "positional_embedding"), (dict(context=76), "positional_embedding"),
+    (dict(mean=[0.5, 0.5]), ""), (dict(std=None), "")], ids=str)
+def test_clip_checkpoint_with_another_architecture_is_refused(tmp_path, change, word):
+    """Catches: Modules are built for hours, or the mean has too few channels until the first image."""
+    model = load("openclip_vit")
+    checkpoint = dict(kind="clip", arch=model.arch | change, model=model.state_dict())
+    files.save(tmp_path / "clip.pt", checkpoint)
+    with pytest.raises(ValueError, match=f"clip.pt.*{word}"):
+        weights.load(tmp_path / "clip.pt")
+
+
+# One vocabulary
+
+ARCH = dict(vocab=1503, width=16, layers=1, heads=2, kv_heads=1, head_width=8, mlp=24, positions=32, eps=1e-5,
+            tied=False, rope=dict(theta=10000.0), end=1501, layer_norm=False, gated_mlp=True, qkv_bias=False,
+            bias=False)
+
+
+def small(rows, tokenizer="llama3"):
+    """Returns a GPT with this many rows in its output matrix, and a tokenizer of 1503 tokens."""
+    torch.manual_seed(rows)
+    model = GPT(ARCH | dict(vocab=rows)).eval()
+    model.info = dict(tokenizer=tokenizer and TOKENIZERS[tokenizer])
+    return model
+
+
+def test_equal_tokenizers_are_shared(capsys):
+    models = dict(a=small(1503), b=small(1503))
+    tokenizer = weights.same_vocabulary(models)
+    assert tokenizer.size == 1503
+    assert tokenizer.hash == Tokenizer(TOKENIZERS["llama3"], "").hash
+    assert [model.size for model in models.values()] == [1503, 1503]
+    assert not capsys.readouterr().out
+
+
+def test_equally_padded_rows_are_cut(capsys):
+    """Catches: An id that decodes to nothing is chosen, since both models have a row for it."""
+    models = dict(a=small(1536), b=small(1536))
+    weights.same_vocabulary(models)
+    assert [model.size for model in models.values()] == [1503, 1503]
+    assert "1536" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tokenizers, words", [(("llama3", "qwen2"), "org/new.*out/reward.pt"),
+                                               (("", "llama3"), "org/new.*tokenizer.json")])
+def test_different_tokenizers_are_refused(tokenizers, words):
+    """Catches: Ids of one tokenizer are read as another's, which gives fluent nonsense."""
+    models = zip(("org/new", "out/reward.pt"), (small(1503, name) for name in tokenizers))
+    with pytest.raises(ValueError, match=words):
+        weights.same_vocabulary(dict(models))
+
+
+@pytest.fixture
+def padded():
+    """Matrices of 1536 and 1520 rows for 1503 tokens, as Qwen2.5's of 151936 and 152064 for 151665."""
+    return dict(base=small(1536), reward=small(1520))
+
+
+@torch.no_grad()
+def test_padded_rows_are_cut(padded):
+    """Catches: Logits of different lengths are added, or those of real tokens change."""
+    ids = random_ids(2, 5)
+    want = [model(ids)[..., :1503] for model in padded.values()]
+    with pytest.raises((ValueError, RuntimeError)):
+        prt.generate(padded["base"], [(1.0, padded["reward"])], ids, length=2)
+    weights.same_vocabulary(padded)
+    assert all(torch.equal(model(ids), logits) for model, logits in zip(padded.values(), want))
+    assert prt.generate(padded["base"], [(1.0, padded["reward"])], ids, length=2).max() < 1503
+
+
+def test_padded_rows_are_named_once(padded, capsys):
+    weights.same_vocabulary(padded)
+    printed = capsys.readouterr().out
+    assert printed.count("1503") == 1
+    assert "1536" in printed and "1520" in printed
+    weights.same_vocabulary(padded)
+    assert not capsys.readouterr().out
+
+
+def test_special_token_of_one_tokenizer_only_is_cut():
+    """Catches: A chat model's tokenizer with one more special token, and the row for it, is refused."""
+    base, chat = small(1503), small(1504)
+    tokenizer = json.loads(TOKENIZERS["llama3"])
+    tokenizer["added_tokens"].append(dict(id=1503, content="<|tool|>"))
+    chat.info["tokenizer"] = json.dumps(tokenizer)
+    weights.same_vocabulary(dict(base=base, chat=chat))
+    assert base.size == chat.size == 1503
+
+
+def test_matrix_smaller_than_the_tokenizer_is_refused():
+    """Catches: Ids without a logit give an index error, on a GPU one without a message."""
+    with pytest.raises(ValueError, match="1503.*'b': 1400"):
+        weights.same_vocabulary(dict(a=small(1503), b=small(1400)))
+
+
+# Memory and time
+
+@LINUX
+def test_float32_weights_lie_in_the_file(tmp_path):
+    """Catches: Every weight is copied on loading."""
+    folder = edited(tmp_path, "llama2")
+    model = weights.load(folder)
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    (low, high), = ([int(end, 16) for end in line.split()[0].split("-")] for line in maps)
+    assert all(low < p.data_ptr() < high for p in model.parameters())
+
+
+MEASURE = """
+import sys
+from models import weights
+def mib(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
+for folder in sys.argv[1:]:
+    model = None  # frees the one before
+    before = mib("VmRSS")
+    try:
+        model = weights.load(folder)
+        [p.sum() for p in model.parameters()]
+    except ValueError:
+        pass
+    print(mib("VmHWM") - before, sum(p.nbytes for p in model.parameters()) / 2**20 if model else 0)
+"""
+
+
+def write_zeros(path, shapes, code, itemsize):
+    """Writes a safetensors file of zeros, which take no space on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + itemsize * math.prod(shape)
+        header[name] = dict(dtype=code, shape=shape, data_offsets=[begin, end])
+    text = json.dumps(header).encode()
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        f.truncate(8 + len(text) + end)
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory):
+    """MiB by which the resident set grows at most while a folder is loaded and read, and MiB of its weights.
+
+    Of one with a damaged head width, and of large ones in two types, in the order of their growth.
+    """
+    folders = dict(damaged=edited(tmp_path_factory.mktemp("damaged"), "llama2", head_dim=5 * 10**7))
+    for code, itemsize, vocab in ("BF16", 2, 24 << 10), ("F32", 4, 48 << 10):
+        folders[code] = edited(tmp_path_factory.mktemp(code), "llama2", vocab_size=vocab, hidden_size=512,
+                               intermediate_size=1024, head_dim=128)
+        sizes = {512: vocab, 96: 1024, 64: 512}
+        shapes = {name: [sizes[n] for n in x.shape] for name, x in tensors_of("llama2").items()}
+        write_zeros(folders[code] / "model.safetensors", shapes, code, itemsize)
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-c", MEASURE, *folders.values()], env=env, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    figures = [[float(word) for word in line.split()] for line in done.stdout.splitlines()]
+    return dict(zip(folders, figures, strict=True))
+
+
+@LINUX
+def test_damaged_head_width_takes_no_memory(memory):
+    """Catches: A table is allocated before its size is checked: with more zeros, it takes all memory."""
+    growth, size = memory["damaged"]
+    assert size == 0
+    assert growth < 60
+
+
+@LINUX
+@pytest.mark.parametrize("code, least, limit", [("F32", 200, 1.5), ("BF16", 100, 1.8)])
+def test_no_weight_is_in_memory_twice(memory, code, least, limit):
+    """Catches: Every weight is copied, or a random initialization is allocated first.
+
+    A file in bfloat16, of half the size, is in memory beside the float32 weights that are made of it.
+    """
+    growth, size = memory[code]
+    assert size > least
+    assert 0.8 * size < growth < limit * size
+
+
+def test_weights_that_are_replaced_are_not_initialized(monkeypatch):
+    """Catches: Random numbers for weights that are replaced at once take seconds to minutes."""
+    devices, normal = [], torch.nn.init.normal_
+
+    def watched(tensor, *args, **options):
+        devices.append(tensor.device.type)
+        return normal(tensor, *args, **options)
+
+    monkeypatch.setattr(torch.nn.init, "normal_", watched)
+    model = load("llama2")
+    assert set(devices) == {"meta"}
+    assert not any(x.is_meta for x in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("name", ["llama2", "openclip_vit", "openclip_rn"])
+def test_loading_draws_no_random_numbers(name):
+    """Catches: The same seed gives another run, depending on how the model was loaded."""
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    load(name)
+    assert torch.equal(state, torch.get_rng_state())

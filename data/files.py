@@ -1,0 +1,156 @@
+"""File input and output: atomic writes, downloads, the Hugging Face Hub, safetensors, and torch files.
+
+Files from outside are data, not code: unpickling is limited to tensors and plain values.
+"""
+import contextlib
+import fcntl
+import http.client
+import json
+import math
+import mmap
+import os
+import re
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+CACHE = Path(os.environ.get("PRT_CACHE", "~/.cache/prt")).expanduser()  # downloads and resized images
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
+              I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Opens a binary file that replaces `path` if the with block succeeds; otherwise `path` is unchanged."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as f:
+            yield f
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock():
+    """Runs the with block in one process of this machine at a time, so that the first fills the cache."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)  # until f is closed
+        yield
+
+
+def save(path, tensors):
+    """Writes a dict of tensors and plain values atomically. Raises OSError that names the file."""
+    try:
+        with atomic(path) as f:
+            torch.save(tensors, f)
+    except (OSError, RuntimeError) as error:  # torch's own writer hides the OSError of a full disk
+        raise OSError(f"{path}: could not be written; the disk may be full ({first_line(error)})") from error
+
+
+def read(path):
+    """Returns the dict in a .safetensors file, a file of torch.save, or a TorchScript archive.
+
+    Unpickles with weights_only=True. Raises ValueError if the file is damaged.
+    """
+    if Path(path).suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        with open(path, "rb") as f:
+            names = zipfile.ZipFile(f).namelist() if zipfile.is_zipfile(f) else []
+        if any(name.endswith("/constants.pkl") for name in names):  # OpenAI's own files
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}, not a dict")
+        return content
+    except OSError:
+        raise
+    except Exception as error:  # torch has no common class for what a damaged file can raise
+        raise ValueError(f"{path}: damaged, truncated, or not a checkpoint ({first_line(error)})") from None
+
+
+def read_safetensors(path):
+    """Returns name -> tensor from a private memory map: reads on first use, and never writes to the file."""
+    with open(path, "rb") as f:
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY) if os.path.getsize(path) else b""
+    try:
+        start = 8 + int.from_bytes(data[:8], "little")
+        if start > len(data):
+            raise ValueError(f"its header ends at byte {start} of {len(data)}")
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        return {name: safetensors_entry(data, start, name, **entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: damaged or truncated safetensors file: {error}") from None
+
+
+def safetensors_entry(data, start, name, dtype, shape, data_offsets):
+    """Returns one tensor of a safetensors file; arguments from `dtype` on are its header entry."""
+    (begin, end), count = data_offsets, math.prod(shape)
+    if min(shape, default=0) < 0 or not 0 <= begin <= end <= len(data) - start:
+        raise ValueError(f"{name}: shape {shape} at bytes {begin} to {end} of {len(data) - start}")
+    if count * DTYPES[dtype].itemsize != end - begin:
+        raise ValueError(f"{name}: {dtype} {shape} does not fill {end - begin} bytes")
+    if not count:
+        return torch.empty(shape, dtype=DTYPES[dtype])
+    return torch.frombuffer(data, dtype=DTYPES[dtype], count=count, offset=start + begin).reshape(shape)
+
+
+def endpoint():
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def hub(repo, name, kind=""):
+    """Returns the path of a cached Hub file, downloaded if needed; kind: "" (models) or "datasets/"."""
+    return download(f"{endpoint()}/{kind}{repo}/resolve/main/{name}", CACHE / "hub" / (kind + repo) / name)
+
+
+def download(url, path):
+    """Downloads url to path unless that exists, checks its length, and returns path.
+
+    Raises OSError that says what to do, and FileNotFoundError for status 404.
+
+    HF_TOKEN is sent to the Hub's own host only, in a header that urllib does not pass on to a redirect. (The
+    function torch.hub.download_url_to_file cannot send a header.)
+    """
+    if path.exists():
+        return path
+    request = urllib.request.Request(url, headers={"User-Agent": "portable-reward-tuning"})
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if token and url.startswith(endpoint() + "/"):
+        if len(token.split()) > 1:  # http.client would quote it in its error
+            raise ValueError("HF_TOKEN holds a space or a line break")
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response, atomic(path) as f:
+            total = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+                while chunk := response.read(1 << 20):
+                    f.write(chunk)
+                    bar.update(len(chunk))
+            if total and f.tell() != total:
+                raise OSError(f"the connection ended after {f.tell()} of {total} bytes")
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            raise FileNotFoundError(f"{url}: no such file") from None
+        hint = ""
+        if error.code in (401, 403):
+            hint = f"; misspelled, or gated: accept the license at {url.split('/resolve/')[0]}, set HF_TOKEN"
+        raise OSError(f"{url}: HTTP {error.code}{hint}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"{url}: download failed ({first_line(error)}); save the file as {path} by other means"
+                      ) from None
+    return path
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]

@@ -1,0 +1,80 @@
+"""CLIP's convolutional image tower, with parameters named as in OpenAI's and OpenCLIP's checkpoints."""
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Bottleneck(nn.Module):
+    """Three convolutions with a skip connection."""
+
+    def __init__(self, inputs, planes, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, planes, 1, bias=False), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False), nn.BatchNorm2d(planes)
+        self.conv3, self.bn3 = nn.Conv2d(planes, 4 * planes, 1, bias=False), nn.BatchNorm2d(4 * planes)
+        # Average pooling replaces strides, so that every pixel contributes.
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.downsample = None
+        if stride > 1 or inputs != 4 * planes:
+            conv = nn.Conv2d(inputs, 4 * planes, 1, bias=False)
+            parts = {"-1": self.pool, "0": conv, "1": nn.BatchNorm2d(4 * planes)}
+            self.downsample = nn.Sequential(OrderedDict(parts))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.pool(F.relu(self.bn2(self.conv2(y))))
+        return F.relu(self.bn3(self.conv3(y)) + (self.downsample(x) if self.downsample else x))
+
+
+class AttentionPool(nn.Module):
+    """Pools positions by attention, with their mean as the query."""
+
+    def __init__(self, tokens, width, heads, embed_dim):
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(tokens + 1, width) * width**-0.5)
+        self.k_proj, self.q_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.c_proj = nn.Linear(width, embed_dim)
+
+    def forward(self, x):
+        """Maps features [B, D, h, w] to [B, E]."""
+        x = x.flatten(2).transpose(1, 2)  # [B, D, h, w] -> [B, T, D]
+        x = torch.cat([x.mean(1, keepdim=True), x], 1)  # [B, 1 + T, D]
+        x = x + self.positional_embedding.to(x.dtype)
+        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)  # only the mean token is a query
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [B, H, ., D/H]
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, H, 1, D/H]
+        return self.c_proj(x.transpose(1, 2).flatten(1))  # [B, E]
+
+
+class ModifiedResNet(nn.Module):
+    """RN50 and RN101: a stem of three convolutions, anti-aliased strides, and attention as the last pool.
+
+    arch: a dict with width, layers (four ints), heads, embed_dim, image_size.
+    """
+
+    def __init__(self, arch):
+        super().__init__()
+        width, inputs = arch["width"], arch["width"]
+        half = width // 2
+        self.conv1, self.bn1 = nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(half)
+        self.conv2, self.bn2 = nn.Conv2d(half, half, 3, padding=1, bias=False), nn.BatchNorm2d(half)
+        self.conv3, self.bn3 = nn.Conv2d(half, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        for i, blocks in enumerate(arch["layers"]):
+            planes, layer = width * 2**i, nn.Sequential()
+            for j in range(blocks):
+                layer.append(Bottleneck(inputs, planes, stride=2 if i > 0 and j == 0 else 1))
+                inputs = 4 * planes
+            self.add_module(f"layer{i + 1}", layer)
+        tokens = (arch["image_size"] // 32) ** 2
+        self.attnpool = AttentionPool(tokens, inputs, arch["heads"], arch["embed_dim"])
+
+    def forward(self, x):
+        """Maps normalized images [B, 3, S, S] to features [B, E], E = embed_dim."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn3(self.conv3(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(F.avg_pool2d(x, 2)))))
+        return self.attnpool(x)

@@ -1,0 +1,245 @@
+"""Faster decoding than prt.generate, with the same results (samples: the same distribution).
+
+`speculative`: the reward, which must see every token anyway, drafts a few tokens, and the base checks all of
+them in one pass. `compiled`: each step after the prompt runs as one compiled graph. `sampler` returns a
+function `draw` that samples with a temperature, for prt.generate and `compiled`.
+"""
+import functools
+import math
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import prt
+
+CACHES = weakref.WeakKeyDictionary()  # policy -> {(index, batch, length): KV cache for compiled steps}
+
+
+class Term(NamedTuple):
+    """A policy in a mixture, its weight, and its KV cache."""
+
+    weight: float
+    policy: Any
+    cache: Any
+
+
+@torch.no_grad()
+def speculative(base, rewards, ids, *, length, end=None, pad=None, temperature=0.0, top_p=1.0, generator=None,
+                compile=False):
+    """Does the work of prt.generate by speculative sampling (Leviathan et al. 2023; Chen et al. 2023).
+
+    The first reward (in EFT, the tuned model) drafts tokens by its softmax, and `accept` decides which to
+    keep. Arguments as in prt.generate and `sampler`. With compile, steps run as compiled graphs, as in
+    `compiled`. Best for small batches, since all rows advance by the same number of tokens. Synchronizes the
+    device after every drafted token.
+    """
+    if not rewards:  # there is no drafter
+        decode = compiled if compile else prt.generate
+        draw = sampler(temperature, top_p, generator)
+        return decode(base, [], ids, length=length, end=end, pad=pad, draw=draw)
+    B, total = len(ids), ids.shape[1] + length
+    base_term, drafter, *others = open_terms(base, rewards, B, total, pad, compile)
+    distribution = functools.partial(probabilities, temperature=temperature, top_p=top_p)
+    out, new = ids, ids  # new: the last tokens of `out`, which are not in the caches yet
+    done, k = torch.zeros(B, dtype=torch.bool, device=ids.device), 4
+    while out.shape[1] < total:
+        at = out.shape[1] - new.shape[1]
+        k = min(k, total - out.shape[1] - 1)
+        drafts, q, drafter_scores = draft(drafter, new, at, k, done, end, distribution, generator, compile)
+        k = drafts.shape[1]
+        other_scores = score([base_term, *others], torch.cat([new, drafts], 1), at, k + 1, compile)
+        p = distribution(drafter.weight * drafter_scores + other_scores)  # [B, k + 1, V]
+        new, done = fill_after_end(accept(p, q, drafts, done, generator), done, end)
+        accepted = new.shape[1] - 1
+        k = min(k + 1, 8) if accepted == k else max(accepted, 1)
+        out, new = torch.cat([out, new], 1), new[:, -1:]
+        if end is not None and done.all():
+            break
+    return F.pad(out, (0, total - out.shape[1]), value=end)
+
+
+def draft(drafter, new, at, k, done, end, distribution, generator, compile):
+    """Drafts up to k tokens after the tokens `new` [B, T], the first of which has position `at`.
+
+    done [B]: rows that have ended. k is smaller if all have. distribution: logits -> probabilities. Returns
+    drafts [B, k], the distributions q [B, k, V] they are from, and logits [B, k + 1, V], one after the last.
+    """
+    drafts, q, logits = [], [], []
+    while True:
+        logits.append(score([drafter._replace(weight=1.0)], new, at, 1, compile))
+        if len(drafts) == k or (end is not None and done.all()):
+            break
+        q.append(distribution(logits[-1]))
+        at, new = at + new.shape[1], sample(q[-1], generator)  # [B, 1]
+        drafts.append(new)
+        done = done | (new[:, 0] == end)
+    B, _, V = logits[0].shape
+    return (torch.cat([new.new_empty(B, 0), *drafts], 1), torch.cat([logits[0].new_empty(B, 0, V), *q], 1),
+            torch.cat(logits, 1))
+
+
+def accept(p, q, drafts, done, generator=None):
+    """Returns n accepted drafts and one more token, [B, n + 1], distributed as p (Leviathan et al., Alg. 1).
+
+    p [B, k + 1, V]: the target distributions after 0 to k drafts. q [B, k, V]: the distributions that the
+    drafts [B, k] were sampled from. done [B]: rows that have ended, whose tokens are ignored.
+
+    The first rejected draft is replaced by a sample of `residual`, and the drafts after it are dropped. If
+    all k are accepted, a sample of p follows. All rows are cut to the length of the shortest, so that their
+    caches stay aligned. The cut does not depend on the tokens that it drops, so samples stay unbiased.
+    """
+    k = drafts.shape[1]
+    q = torch.cat([q, torch.zeros_like(p[:, :1])], 1)  # [B, k + 1, V]: nothing is drafted after the last one
+    p_y, q_y = (x[:, :k].gather(-1, drafts[..., None])[..., 0] for x in (p, q))  # [B, k]
+    kept = kept_drafts(p_y, q_y, torch.rand(drafts.shape, device=p.device, generator=generator))
+    n = int(kept.masked_fill(done, k).min())
+    token = sample(residual(p[:, n], q[:, n]), generator)  # [B]
+    if n < k:
+        token = torch.where(kept > n, drafts[:, n], token)
+    return torch.cat([drafts[:, :n], token[:, None]], 1)
+
+
+def kept_drafts(p_y, q_y, u):
+    """Returns how many drafts each row accepts before the first rejected one, [B].
+
+    A draft y is accepted with probability min(1, p(y) / q(y)). p_y, q_y [B, k]: p(y) and q(y) of the drafts.
+    u [B, k]: uniform random numbers from [0, 1).
+    """
+    return (u * q_y < p_y).long().cumprod(1).sum(1)
+
+
+def residual(p, q):
+    """Returns max(p - q, 0), [B, V], not normalized; p itself in rows where p equals q."""
+    rest = (p - q).clamp(min=0)
+    return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+
+
+@torch.no_grad()
+def compiled(base, rewards, ids, *, length, end=None, pad=None, draw=lambda log_probs: log_probs.argmax(-1)):
+    """prt.generate with torch.compile for the steps after the prompt, and with CUDA graphs on CUDA.
+
+    Compilation takes a minute or two for each set of models and batch size. Do not train the models
+    afterward: on a CPU their weights are constants of the graph.
+    """
+    B, T = ids.shape
+    terms = open_terms(base, rewards, B, T + length, pad, compile=True)
+    out, new, done = ids, ids, torch.zeros(B, dtype=torch.bool, device=ids.device)
+    for step in range(length):
+        scores = score(terms, new, out.shape[1] - new.shape[1], 1, compile=True)
+        new, done = fill_after_end(draw(scores), done, end)
+        out = torch.cat([out, new], 1)
+        if end is not None and step % 8 == 7 and done.all():  # synchronizes the device: every 8th step only
+            break
+    return F.pad(out, (0, T + length - out.shape[1]), value=end)
+
+
+def fill_after_end(new, done, end):
+    """Replaces the tokens after a row's first end token by `end`, in new tokens [B, n].
+
+    done, bool [B]: rows that ended before. Returns the tokens and the updated `done`.
+    """
+    if end is None:
+        return new, done
+    ended = new == end
+    new = new.masked_fill(done[:, None] | (ended.cumsum(1) - ended.long() > 0), end)  # an end token before it
+    return new, done | ended.any(1)
+
+
+def score(terms, tokens, at, n, compile):
+    """Returns the mixture's scores after each of the last n of the tokens [B, T], float32 [B, n, V].
+
+    at: the position of the first token. Cache entries from there on (of dropped drafts) are overwritten.
+    """
+    for term in terms:
+        term.cache.at = at
+    if not compile or at == 0:  # the prompt is scored once, and compiling would take longer
+        return mixture_scores(terms, tokens, n)
+    torch.compiler.cudagraph_mark_step_begin()  # the scores of the last call are no longer needed
+    step = compiled_scores(tokens.device.type)
+    return step(terms, tokens, n, torch.full((1,), at, device=tokens.device))
+
+
+def mixture_scores(terms, tokens, n, at=None):
+    """Returns the mixture's unnormalized log-probabilities after each of the last n tokens, [B, n, V].
+
+    at: None, or the first token's position as a tensor [1], as in the `features` of models/gpt.py.
+    """
+    return sum(term.weight * term.policy.head(term.policy.features(tokens, term.cache, at)[:, -n:]).float()
+               for term in terms)
+
+
+@functools.cache
+def compiled_scores(device_type):
+    """Returns `mixture_scores`, compiled: all models in one graph."""
+    torch._dynamo.config.recompile_limit = 64  # a graph for each set of models, mixture weights, and shape
+    torch._dynamo.config.specialize_float = True  # a mixture weight is a constant, not a tensor on the CPU
+    if device_type == "cuda":
+        return torch.compile(mixture_scores, mode="reduce-overhead")
+    # On a CPU: network weights as constants, packed for the fastest of several matrix products.
+    torch._inductor.config.freezing = torch._inductor.config.max_autotune = True
+    torch._inductor.config.autotune_num_choices_displayed = 0
+    torch._inductor.config.max_autotune_report_choices_stats = False
+    return torch.compile(mixture_scores)
+
+
+def open_terms(base, rewards, batch, length, pad, compile):
+    """Returns the mixture's terms with empty caches for `length` positions, prompt included."""
+    terms = []
+    for i, (weight, policy) in enumerate([(1.0, base), *rewards]):
+        cache = static_cache(policy, i, batch, length, pad) if compile else policy.cache(batch, length, pad)
+        terms.append(Term(weight, policy, cache))
+    return terms
+
+
+def static_cache(policy, i, batch, length, pad):
+    """Returns a cache for compiled steps of the i-th policy, reused by calls of a similar length.
+
+    A CUDA graph needs fixed memory addresses. Lengths are rounded up to multiples of 128, since every length
+    needs a separate graph.
+    """
+    rounded = min(math.ceil(length / 128) * 128, policy.arch["positions"])
+    key = i, batch, max(length, rounded)
+    caches = CACHES.setdefault(policy, {})
+    if key not in caches:
+        caches[key] = policy.cache(batch, max(length, rounded))
+        for tensor in (x for pair in caches[key].kv for x in pair):
+            tensor.zero_()  # a masked value is multiplied by 0, and uninitialized memory may hold nan
+            torch._dynamo.mark_static_address(tensor, guard=False)
+    caches[key].pad = pad
+    return caches[key]
+
+
+def sampler(temperature, top_p=1.0, generator=None):
+    """Returns a `draw` for prt.generate: the most likely token at temperature 0, otherwise a sample."""
+    if not temperature:
+        return lambda log_probs: log_probs.argmax(-1)
+    return lambda log_probs: sample(probabilities(log_probs, temperature, top_p), generator)
+
+
+def probabilities(log_probs, temperature, top_p):
+    """Returns the distribution to sample from, [..., V]: one-hot at temperature 0.
+
+    Otherwise softmax(log_probs / temperature), cut to the smallest set of most likely tokens that has at
+    least top_p of the probability, and normalized.
+    """
+    if not temperature:
+        return torch.zeros_like(log_probs).scatter_(-1, log_probs.argmax(-1, keepdim=True), 1.0)
+    p = (log_probs / temperature).softmax(-1)
+    if top_p < 1:
+        descending, order = p.sort(-1, descending=True)
+        likely = descending * (descending.cumsum(-1) - descending < top_p)  # sum of likelier ones < top_p
+        p = torch.zeros_like(p).scatter_(-1, order, likely)
+        p = p / p.sum(-1, keepdim=True)
+    return p
+
+
+def sample(p, generator=None):
+    """Returns indices [...] sampled in proportion to p [..., V], which need not sum to 1.
+
+    If every t_i is exponential with rate p_i, then t_i is the smallest with probability p_i / sum(p). Unlike
+    torch.multinomial, this does not synchronize the device.
+    """
+    times = torch.empty_like(p).exponential_(generator=generator)
+    return (p / times.clamp(min=torch.finfo(p.dtype).tiny)).argmax(-1)

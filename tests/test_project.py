@@ -1,0 +1,326 @@
+"""The project as a whole: its size, the direction of its imports, its docstrings, and the README's Python."""
+import ast
+import io
+import re
+import sys
+import tokenize
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, png
+
+import prt
+import train_lm
+from data import files, images
+from models import runs, weights
+from models.clip import classifier
+from models.gpt import GPT
+
+SCRIPTS = ["train_vision", "train_lm", "eval"]
+PATHS = [*ROOT.glob("*.py"), *ROOT.glob("models/**/*.py"), *ROOT.glob("data/**/*.py")]
+SOURCES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(PATHS)}
+TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
+LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+          tokenize.ENDMARKER}
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+# Size
+
+def code_lines(tree, source):
+    """Returns the numbers of the lines that hold code: not blank, no comment, no docstring."""
+    docstrings, code = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, *DEFINITIONS)) and ast.get_docstring(node):
+            docstrings.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in LAYOUT:
+            code.update(range(token.start[0], token.end[0] + 1))
+    return code - docstrings
+
+
+def test_code_lines_are_counted_without_blank_lines_comments_and_docstrings():
+    source = '''"""Doc."""
+
+async def f():  # a comment
+    """Doc.
+
+    More.
+    """
+    # a comment
+    return """1
+2"""
+'''
+    assert code_lines(ast.parse(source), source) == {3, 9, 10}
+
+
+def test_the_path_from_data_to_a_reward_is_below_1000_lines_and_prt_below_300():
+    names = ["prt.py", "train_vision.py", "train_lm.py", "models/clip.py", "models/gpt.py"]
+    lines = {name: SOURCES[name].count("\n") for name in names}
+    print(f"\n{sum(lines.values())} lines from data to a reward: {lines}")
+    assert sum(lines.values()) < 1000
+    assert lines["prt.py"] < 300
+
+
+def test_the_project_is_below_2200_lines_of_code():
+    lines = {name: len(code_lines(TREES[name], source)) for name, source in SOURCES.items()}
+    print(f"\n{sum(lines.values())} lines of code: {lines}")
+    assert sum(lines.values()) < 2200
+
+
+def test_there_is_no_python_outside_the_files_that_are_counted():
+    assert {path.stem for path in ROOT.glob("*.py")} == {"prt", *SCRIPTS}
+    assert {path.parent.name for path in ROOT.glob("[!.]*/*.py")} == {"models", "data", "tests"}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_line_is_longer_than_110_columns(name):
+    assert [line for line in SOURCES[name].splitlines() if len(line) > 110] == []
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_line_has_two_statements(name):
+    tokens = tokenize.generate_tokens(io.StringIO(SOURCES[name]).readline)
+    assert [token.line for token in tokens if token.type == tokenize.OP and token.string == ";"] == []
+
+
+# Imports
+
+def module(name):
+    """Returns the name by which a file is imported."""
+    return name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+MODULES = {module(name) for name in SOURCES}
+
+
+def imported(tree):
+    """Returns the names of all modules that a file imports, also inside of functions."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "an import relative to the package"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= inner & MODULES or {node.module}
+    return names
+
+
+IMPORTS = {module(name): imported(tree) for name, tree in TREES.items()}
+
+
+def needed(name):
+    """Returns the modules of the project that a module imports, and those that they import, and so on."""
+    modules, new = set(), {name}
+    while new:
+        new = set().union(*(IMPORTS[module] & MODULES for module in new)) - modules
+        modules |= new
+    return modules
+
+
+OTHERS = {name: MODULES - {name} for name in MODULES}
+MODELS, DATA = ({name for name in MODULES if name.startswith(part)} for part in ("models", "data"))
+FORBIDDEN = {
+    "prt": OTHERS["prt"],
+    "models.flags": OTHERS["models.flags"],
+    "data.files": OTHERS["data.files"],
+    "data.images": {"prt", *SCRIPTS} | MODELS - {"models.tokenizer"},
+    "data.text": {"prt", *SCRIPTS} | MODELS - {"models.tokenizer"},
+    "models.clip": {"prt"} | DATA,
+    "models.gpt": {"prt"} | DATA,
+    "models.convnets": {"prt"} | DATA,
+    "models.tokenizer": {"prt"} | DATA,
+    "models.weights": {"prt"},
+}
+
+
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_imports_go_one_way(name):
+    """Catches: The method needs files, or the data need models, so that neither can be read alone."""
+    assert not needed(name) & FORBIDDEN[name]
+
+
+def test_every_module_of_data_has_a_rule():
+    assert {"data", *FORBIDDEN} >= DATA
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_nothing_imports_a_script(name):
+    assert not IMPORTS[name] & set(SCRIPTS)
+
+
+def test_flags_imports_only_the_standard_library():
+    """Catches: --help takes seconds, since flags.py imports torch."""
+    assert {name.split(".")[0] for name in IMPORTS["models.flags"]} <= sys.stdlib_module_names
+
+
+def cycle(graph):
+    """Returns nodes of which each leads to the next and the last to the first, or [] if there are none."""
+    finished = set()
+
+    def search(node, path):
+        if node in path:
+            return path[path.index(node):]
+        for target in sorted(graph.get(node, ())):
+            if target not in finished and (nodes := search(target, [*path, node])):
+                return nodes
+        finished.add(node)
+        return []
+
+    return next((nodes for node in sorted(graph) if (nodes := search(node, []))), [])
+
+
+def test_a_cycle_is_found_where_there_is_one():
+    assert cycle(dict(a={"b", "c"}, b={"c"}, c={"d"}, d=set())) == []
+    assert cycle(dict(a={"b"}, b={"c", "d"}, c=set(), d={"e"}, e={"b"})) == ["b", "d", "e"]
+
+
+def test_the_imports_have_no_cycle():
+    assert cycle({name: names & MODULES for name, names in IMPORTS.items()}) == []
+
+
+def test_the_imports_are_those_that_the_scripts_show():
+    """Catches: The rules above hold because no import is recognized."""
+    assert {"prt", "models.flags", "models.runs", "models.weights", "data.text"} <= IMPORTS["train_lm"]
+    assert {"models.flags", "models.decode", "data.images"} <= IMPORTS["eval"]
+    assert {"torch", "torch.nn"} & IMPORTS["models.clip"]
+
+
+# Docstrings
+
+def public(node):
+    """Yields the public functions and classes of a module, and the public methods of its classes."""
+    for child in node.body:
+        if isinstance(child, DEFINITIONS) and not child.name.startswith("_"):
+            yield child
+            if isinstance(child, ast.ClassDef):
+                yield from public(child)
+
+
+def documented():
+    """Yields (name, node) for what needs a docstring: modules, and definitions of more than three lines."""
+    for name, tree in TREES.items():
+        if tree.body:
+            yield name, tree
+        code = code_lines(tree, SOURCES[name])
+        for node in public(tree):
+            body = range(node.body[0].lineno, node.end_lineno + 1)
+            if len(code & set(body)) > 3:
+                yield f"{name}:{node.lineno} {node.name}", node
+
+
+def test_every_module_and_every_longer_public_function_and_class_has_a_docstring():
+    missing = [name for name, node in documented() if not ast.get_docstring(node)]
+    assert not missing, "\n".join(missing)
+
+
+def test_the_first_line_of_a_docstring_ends_with_a_period():
+    docstrings = {name: ast.get_docstring(node) for name, node in documented()}
+    wrong = [name for name, text in docstrings.items() if text and text.split("\n")[0][-1] != "."]
+    assert not wrong, "\n".join(wrong)
+
+
+# The README's Python
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+WORDS = []
+
+
+def block(word):
+    """Marks a test whose argument `code` is the README's Python block that contains the word."""
+    WORDS.append(word)
+    blocks = [code for code in BLOCKS if word in code]
+    return pytest.mark.parametrize("code", blocks, ids=[word] * len(blocks))
+
+
+def run(code, **names):
+    exec(compile(code, "README.md", "exec"), names)
+
+
+@block("out/shapes-0")
+def test_the_readme_counts_right_colors_and_right_forms(code, in_shapes, capsys):
+    """Catches: The block takes an answer for another class than its number has in the data."""
+    run(code)
+    printed = capsys.readouterr().out.splitlines()
+    data = images.load("shapes", "test", 32)
+    prompts = images.prompts(data.classes, data.templates)
+    r = runs.predict(weights.load("out/shapes-0/reward.pt"), data.images)
+    truth = [data.classes[label].split() for label in data.labels]
+    expected = []
+    for name in ("old", "new"):
+        logits = runs.predict(classifier(weights.load(f"out/shapes-0/{name}.pt"), prompts), data.images)
+        for title, scores in (("alone", logits), ("+ reward", prt.tilt(logits, r))):
+            answers = [data.classes[answer].split() for answer in scores.argmax(-1)]
+            color, form = (sum(a[i] == t[i] for a, t in zip(answers, truth)) / len(truth) for i in (0, 1))
+            expected.append(f"{name} {title}: color {color:.1%}, form {form:.1%}")
+    assert printed == expected
+
+
+def random_gpt(seed):
+    torch.manual_seed(seed)
+    return GPT(train_lm.SIZES["old"] | dict(vocab=40, end=39)).eval()
+
+
+@block("RewardProcessor")
+def test_the_readme_puts_a_reward_on_a_model_of_another_program(code, tmp_path, monkeypatch):
+    """Catches: The continuation is not that of prt.generate with the same base and reward."""
+    base, model, ids = random_gpt(0), random_gpt(1), torch.tensor([[3, 1, 4, 1, 5]])
+    files.save(tmp_path / "out/gsm8k-prt.pt",
+               dict(kind="gpt", method="prt", beta=1.0, arch=model.arch, model=model.state_dict()))
+    continuations = []
+
+    @torch.no_grad()
+    def generate(input_ids, attention_mask, logits_processor):
+        """Greedy decoding as in transformers, without a cache."""
+        for _ in range(12):
+            scores = base(input_ids)[:, -1]
+            for processor in logits_processor:
+                scores = processor(input_ids, scores)
+            input_ids = torch.cat([input_ids, scores.argmax(-1, keepdim=True)], 1)
+        continuations.append(input_ids)
+
+    monkeypatch.chdir(tmp_path)
+    run(code.replace('"cuda"', '"cpu"'), model=SimpleNamespace(generate=generate),
+        inputs=dict(input_ids=ids, attention_mask=torch.ones_like(ids)))
+    result, = continuations
+    assert result.equal(prt.generate(base, [(1.0, model)], ids, length=12))
+    assert not result.equal(prt.generate(base, [], ids, length=12))
+
+
+BIRDS = [("001.Black_footed_Albatross/Black_Footed_Albatross_0046_18.jpg", "train"),
+         ("001.Black_footed_Albatross/Black_Footed_Albatross_0009_34.jpg", "test"),
+         ("002.Laysan_Albatross/Laysan_Albatross_0002_1027.jpg", "test"),
+         ("002.Laysan_Albatross/Laysan_Albatross_0003_1033.jpg", "train")]
+
+
+@block("CUB_200_2011")
+def test_the_readme_sorts_cub_into_a_folder_that_data_takes(code, tmp_path, monkeypatch):
+    """Catches: Birds are in the wrong split or class, or the data set of the folder cannot be read."""
+    cub = tmp_path / "CUB_200_2011"
+    names, splits = "", ""
+    for i, (name, split) in enumerate(BIRDS):
+        path = cub / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png((0, 60 * i, 0)))
+        names += f"{i + 1} {name}\n"
+        splits += f"{i + 1} {split == 'train':d}\n"
+    (cub / "images.txt").write_text(names)
+    (cub / "train_test_split.txt").write_text(splits)
+    monkeypatch.chdir(tmp_path)
+    run(code)
+    for split, greens in dict(train=[0, 180], test=[60, 120]).items():
+        data = images.load("cub", split, 8)
+        assert data.classes == ["Black footed Albatross", "Laysan Albatross"]
+        assert data.templates == ["a photo of a {c}, a type of bird."]
+        assert data.labels.tolist() == [0, 1]
+        assert data.images[:, 1, 0, 0].tolist() == greens
+
+
+def test_each_python_block_of_the_readme_is_run_by_one_test():
+    """Catches: A new block that no test runs, or a test that is skipped since its block is gone."""
+    tested = {word: [code for code in BLOCKS if word in code] for word in WORDS}
+    assert {word: len(blocks) for word, blocks in tested.items()} == dict.fromkeys(WORDS, 1)
+    assert sorted(code for blocks in tested.values() for code in blocks) == sorted(BLOCKS)
