@@ -27,10 +27,11 @@ IGNORED = -100  # the label of targets to ignore, as in F.cross_entropy
 def reward(logits, ref_logits=None, beta=1.0):
     """Returns the reward of a network, beta * (log pi_theta - log pi_ref), float32 [..., L].
 
-    logits, ref_logits: [..., L]. pi_theta, pi_ref: their softmax. A reward is defined up to a constant per x.
-    Without ref_logits, pi_ref is uniform and the result is beta * logits: the paper's portable reward
-    (Algorithm 1). If pi_ref is the base that was fine-tuned, it is the implicit reward (Prop. 3.1), which
-    emulated fine-tuning (EFT) adds to another base. Added to the same base, it restores the tuned model:
+    logits, ref_logits: [..., L], those of pi_theta and pi_ref. Raises ValueError if L differs. A reward is
+    defined up to a constant per x. Without ref_logits, pi_ref is uniform and the result is beta * logits: the
+    paper's portable reward (Algorithm 1). If pi_ref is the base that was fine-tuned, it is the implicit
+    reward (Prop. 3.1), which emulated fine-tuning (EFT) adds to another base. Added to the same base, it
+    restores the tuned model:
 
     >>> old, tuned = torch.tensor([[0.50, 0.25, 0.25], [0.20, 0.60, 0.20]]).log()
     >>> tilt(old, reward(tuned, old)).exp()  # EFT
@@ -49,7 +50,7 @@ def tilt(base_logits, r, beta=1.0):
 
     base_logits, r: [..., L]. Z normalizes, so that a constant added to r changes nothing. First example: r
     makes the second label four times as likely relative to the others. Last example: the reward network is a
-    copy of its base, as before training, and the result is pi_base^2 / Z.
+    copy of its base, as before training, and the result is pi_base^2 / Z. Raises ValueError if L differs.
 
     >>> base, r = torch.tensor([[0.7, 0.2, 0.1], [1.0, 4.0, 1.0]]).log()
     >>> tilt(base, r).exp()  # 0.7, 0.8, and 0.1, divided by their sum

@@ -198,7 +198,7 @@ class Table(torch.nn.Module):
 REWARD = Table(1, scale=1.5)  # so much sharper than the base that in half of the passes all rows keep a draft
 TABLES = SimpleNamespace(base=Table(0, scale=1.0), reward=REWARD, tuned=REWARD, old=Table(2, scale=1.5))
 PROMPT = torch.tensor([[0, 3, 1]])
-LENGTH, ROWS, SAMPLES = 4, 4, 6000
+LENGTH, ROWS = 4, 4
 
 
 @torch.no_grad()
@@ -217,12 +217,12 @@ def continuation_probabilities(rewards, temperature=1.0, top_p=1.0):
     return p.gather(-1, rows[..., None])[..., 0].prod(1).double()
 
 
-def p_value(rewards, **options):
+def p_value(rewards, samples, **options):
     """Returns the p-value of a chi-square test of samples of decode.speculative; rare cells are joined."""
-    expected = continuation_probabilities(rewards, **options) * SAMPLES
+    expected = continuation_probabilities(rewards, **options) * samples
     generator, digits = torch.Generator().manual_seed(1), 4 ** torch.arange(LENGTH - 1, -1, -1)
     counts = torch.zeros(4**LENGTH, dtype=torch.double)
-    for _ in range(SAMPLES // ROWS):
+    for _ in range(samples // ROWS):
         ids = decode.speculative(TABLES.base, rewards, PROMPT.expand(ROWS, -1), length=LENGTH,
                                  **dict(temperature=1.0) | options, generator=generator)
         counts += torch.bincount((ids[:, -LENGTH:] * digits).sum(1), minlength=4**LENGTH)
@@ -237,7 +237,7 @@ def p_value(rewards, **options):
 @pytest.mark.parametrize("name, options", [
     ("prt", {}), ("eft", {}), ("half", dict(temperature=0.7, top_p=0.8))], ids=["prt", "eft", "half"])
 def test_samples_of_speculation_are_samples_of_algorithm_2(name, options):
-    assert p_value(mixture(TABLES, name), **options) > 1e-3
+    assert p_value(mixture(TABLES, name), samples=6000, **options) > 1e-3
 
 
 BROKEN = {
@@ -250,7 +250,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("rule", [*BROKEN, "a kept draft replaced"])
 def test_a_broken_rule_of_acceptance_is_seen(monkeypatch, rule):
-    """Catches: The test above passes whatever the rule is."""
+    """Catches: The test above passes whatever the rule is. Half of its samples show that it does not."""
     def replace_kept_draft(p, q, drafts, done, generator=None):
         """Like `accept`, but a row that keeps more drafts than another gets a sample of the residual, too."""
         accepted = accept(p, q, drafts, done, generator)
@@ -262,7 +262,7 @@ def test_a_broken_rule_of_acceptance_is_seen(monkeypatch, rule):
     accept = decode.accept
     for name, function in BROKEN.get(rule, dict(accept=replace_kept_draft)).items():
         monkeypatch.setattr(decode, name, function)
-    assert p_value(mixture(TABLES, "prt")) < 1e-6
+    assert p_value(mixture(TABLES, "prt"), samples=3000) < 1e-6
 
 
 # Compiled steps
@@ -301,11 +301,10 @@ def test_compiled_speculation_writes_the_same_text(trained, traced, name):
     assert 0 < traced["ok"] == traced["total"] <= 4
 
 
-@pytest.mark.parametrize("name", ["prt", "eft"])
-def test_compiled_steps_of_a_padded_batch_write_the_same_texts(trained, traced, name):
+def test_compiled_steps_of_a_padded_batch_write_the_same_texts(trained, traced):
     """Catches: The mask leaves out the padding, or positions are counted with it."""
     ids, pad = padded(trained)
-    arguments = trained.base, mixture(trained, name), ids
+    arguments = trained.base, mixture(trained, "prt"), ids
     options = dict(length=20, end=trained.end, pad=pad)
     assert torch.equal(decode.compiled(*arguments, **options), prt.generate(*arguments, **options))
     assert traced["ok"] == 1
@@ -313,7 +312,7 @@ def test_compiled_steps_of_a_padded_batch_write_the_same_texts(trained, traced, 
 
 def test_compiled_speculation_of_a_padded_batch_writes_the_same_texts(trained, traced):
     ids, pad = padded(trained)
-    arguments = trained.base, mixture(trained, "prt"), ids
+    arguments = trained.old, mixture(trained, "prt"), ids
     options = dict(length=20, end=trained.end, pad=pad)
     fast = decode.speculative(*arguments, **options, compile=True)
     assert torch.equal(fast, prt.generate(*arguments, **options))
@@ -321,17 +320,15 @@ def test_compiled_speculation_of_a_padded_batch_writes_the_same_texts(trained, t
 
 def test_compiled_speculation_on_a_base_alone_is_plain_decoding(trained, traced):
     ids = torch.tensor([trained.prompts[0]])
-    plain = prt.generate(trained.base, [], ids, length=8)
-    assert torch.equal(decode.speculative(trained.base, [], ids, length=8, compile=True), plain)
+    plain = prt.generate(trained.old, [], ids, length=8)
+    assert torch.equal(decode.speculative(trained.old, [], ids, length=8, compile=True), plain)
     assert traced["ok"] == 1
 
 
 def test_compiled_steps_draw_the_same_samples(trained, traced):
-    arguments = trained.base, mixture(trained, "prt"), torch.tensor([trained.prompts[0]])
-
     def sampled(generate):
         draw = decode.sampler(1.0, 0.9, torch.Generator().manual_seed(1))
-        return generate(*arguments, length=20, draw=draw)
+        return generate(trained.old, [], torch.tensor([trained.prompts[0]]), length=20, draw=draw)
 
     assert torch.equal(sampled(decode.compiled), sampled(prt.generate))
 
