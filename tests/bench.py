@@ -16,6 +16,7 @@ import ctypes
 import functools
 import io
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from models.clip import CLIP, Classifier, image_tower, normalize
 from models.gpt import GPT
 from models.tokenizer import Tokenizer
 
+PROC = Path("/proc/self")
 TOWER = dict(embed_dim=512, text_width=512, text_layers=12, text_heads=8, context=77, vocab=49408,
              quick_gelu=False, mean=[0.5] * 3, std=[0.5] * 3)
 IMAGES = {"ViT-B-16": TOWER | dict(image_size=224, width=768, layers=12, patch=16, heads=12),
@@ -127,16 +129,16 @@ def image_trainer(args, device, mode, make_optimizer=fused_adamw, **options):
 
 
 def image_step(args, device):
-    """Step time of reward tuning over that of plain fine-tuning, which asks no base at all."""
-    found = {}
+    """Step time of reward tuning over that of plain fine-tuning, which needs no base at all."""
+    ratios = {}
     for key, view in (("image_step_prt_vs_ft", ""), ("image_step_augment_prt_vs_ft", "-augment")):
         runs = [image_trainer(args, device, method + view) for method in ("ft", "prt")]
         ft, reward = (seconds / args.steps for seconds in alternate(device, args.repeats, *runs))
         done = operations(runs[0]) / args.steps / ft / arithmetic(device)
         print(f"{args.image} step{view}, batch {args.batch}: ft {ft:.3f} s ({done:.0%} of the speed of a "
               f"large matrix product), prt {reward:.3f} s")
-        found[key] = reward / ft
-    return found
+        ratios[key] = reward / ft
+    return ratios
 
 
 def image_memory(args, device):
@@ -160,28 +162,34 @@ def peak(args, device):
 
 
 def added_memory(work, device):
-    """Returns how many MiB work() adds at its peak: allocated on CUDA, or to this process on a CPU."""
+    """Returns how many MiB work() adds at its peak: allocated on CUDA, else to this process.
+
+    Without CUDA, only Linux tells the peak. Elsewhere the result is nan.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    proc = Path("/proc/self")  # Linux
-    ctypes.CDLL(None).malloc_trim(0)  # free pages that are still mapped would hide the peak
-    (proc / "clear_refs").write_text("5")  # resets the peak of the resident set
-    before = resident(proc, "VmRSS")
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # free pages that are still mapped would hide the peak
+        (PROC / "clear_refs").write_text("5")  # resets the peak of the resident set
+    before = resident("VmRSS")
     work()
-    return resident(proc, "VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def resident(proc, key):
-    """Returns VmRSS or VmHWM, the resident set now or at its peak, in MiB."""
-    return int((proc / "status").read_text().split(key + ":")[1].split()[0]) / 2**10
+def resident(key):
+    """Returns VmRSS or VmHWM, the resident set now or at its peak, in MiB, or nan without Linux's /proc."""
+    try:
+        return int((PROC / "status").read_text().split(key + ":")[1].split()[0]) / 2**10
+    except (OSError, IndexError):
+        return math.nan
 
 
 def image_forward(args, device):
     """Images per second of the image tower's forward, ours over open_clip's and transformers'."""
-    arch, found = IMAGES[args.image], {}
+    arch, ratios = IMAGES[args.image], {}
     torch.manual_seed(args.seed)
     ours = CLIP(arch).eval().to(device)
     x = normalize(torch.randint(0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8, device=device), arch)
@@ -196,8 +204,8 @@ def image_forward(args, device):
             a, b = alternate(device, args.repeats, lambda: ours.encode_image(x), functools.partial(theirs, x))
         print(f"{args.image} forward, batch {args.batch}: {len(x) / a:.2f} images/s, {name} {len(x) / b:.2f} "
               f"(largest difference of the features {difference:.1e})")
-        found[f"image_vs_{name}"] = b / a
-    return found
+        ratios[f"image_vs_{name}"] = b / a
+    return ratios
 
 
 def open_clip_tower(arch, tensors):
@@ -399,7 +407,7 @@ def speculative(args, device):
 
 
 def text_forward(args, device):
-    """Logits of all places of 4 texts of 128 tokens, ours over transformers' in tokens per second."""
+    """Logits of all positions of 4 texts of 128 tokens, ours over transformers' in tokens per second."""
     ours = text_model(args.text, device, runs.frozen_dtype(device))
     ids, peer = torch.randint(0, 50000, (4, 128), device=device), peer_of(ours)
     if not peer:
@@ -427,7 +435,7 @@ def text_trainer(args, device, method, make_optimizer=fused_adamw, **options):
 
 
 def text_step(args, device):
-    """Step time of reward tuning over that of plain fine-tuning, which asks no base at all."""
+    """Step time of reward tuning over that of plain fine-tuning, which needs no base at all."""
     runs = [text_trainer(args, device, method) for method in ("ft", "prt")]
     ft, reward = (seconds / args.steps for seconds in alternate(device, args.repeats, *runs))
     done = operations(runs[0]) / args.steps / ft / arithmetic(device)
@@ -501,6 +509,7 @@ if __name__ == "__main__":
     ratios = {}
     for name in args.only:
         ratios |= PARTS[name](args, device)
+    ratios = {name: ratio for name, ratio in ratios.items() if not math.isnan(ratio)}
     for name, ratio in ratios.items():
         print(f"{name} {ratio:.3f}")
     if args.json:
