@@ -338,7 +338,7 @@ def paths(damaged, tmp_path):
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
-    """The run of train_vision.py without arguments, of 3 steps: its folder, its cache, and what it printed.
+    """The run of train_vision.py without arguments, of 3 steps: its folder, cache, files, and printed lines.
 
     The cache was filled before with a few of the pictures, since drawing all of them takes long.
     """
@@ -349,7 +349,8 @@ def shapes(tmp_path_factory):
         for split in images.COUNTS:
             images.load("shapes", split, 32)
     printed = output("train_vision.py", "--steps", 3, "--batch", 8, cwd=folder, cache=cache)
-    return SimpleNamespace(folder=folder, cache=cache, printed=printed)
+    written = sorted((folder / "out/shapes-0").iterdir())  # other tests write more files there
+    return SimpleNamespace(folder=folder, cache=cache, written=written, printed=printed)
 
 
 @pytest.fixture
