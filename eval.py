@@ -51,7 +51,7 @@ def parse():
     flags.device(table)
     answers.add_argument("--prompt", help="prompt to answer without and with the reward, instead of a table")
     answers.add_argument("--new-tokens", type=flags.positive(int), help="per answer, at most (default: 256)")
-    answers.add_argument("--temperature", type=float, default=0.0, help="(default: 0, the most likely token)")
+    answers.add_argument("--temperature", type=float, default=0.0, help="0: no sampling (default: 0)")
     answers.add_argument("--top-p", type=flags.positive(float), default=1.0,
                          help="sample from the most likely tokens with this probability (default: 1)")
     answers.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")

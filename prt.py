@@ -82,7 +82,9 @@ def prt_loss(base_logits, r, targets, beta=1.0, alpha=0.0, ignore_index=IGNORED,
     if alpha:
         entropy = torch.special.entr(r.float().softmax(-1)).sum(-1)  # [...]
         loss = loss - alpha * (entropy * counted).sum()
-    return {"sum": loss, "mean": loss / counted.sum().clamp(min=1)}[reduction]
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction {reduction!r}: there are mean and sum")
+    return loss if reduction == "sum" else loss / counted.sum().clamp(min=1)
 
 
 def mixture(base, rewards, logits):
@@ -126,12 +128,10 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
     method: "prt" (pi_ref of `reward` is uniform), or "ft" (pi_ref is the base): plain fine-tuning.
     loss: function (base_logits, r, targets, beta, alpha) -> (sum of the losses, number of correct targets).
         `fit` divides by the number of targets that are not IGNORED in the batch, over all processes.
-    optimizer: its learning rates are the peaks of the schedule. Default: AdamW with a learning rate of 1e-5
-        and no weight decay, the paper's Adam.
+    optimizer: its learning rates are the peaks. Default: AdamW, learning rate 1e-5, no weight decay (Adam).
     head: if given, policy and base return features [N, D], and head(policy, features) -> logits [N, L] is
         called for at most `chunk` targets at a time.
-    warmup, decay: as in `schedule`. clip: maximum norm of the gradient.
-    accum: micro-batches per step on each process.
+    warmup, decay: as in `schedule`. clip: maximum gradient norm. accum: micro-batches per step and process.
     start: the number of finished steps, if policy and optimizer come from a checkpoint.
     save: called with the number of finished steps, every save_every steps (default: steps // 4) and last.
 

@@ -199,11 +199,10 @@ def static_cache(policy, i, batch, length, pad):
     A CUDA graph needs fixed memory addresses. Lengths are rounded up to multiples of 128, since every length
     needs a separate graph.
     """
-    rounded = min(math.ceil(length / 128) * 128, policy.arch["positions"])
-    key = i, batch, max(length, rounded)
-    caches = CACHES.setdefault(policy, {})
+    length = max(length, min(math.ceil(length / 128) * 128, policy.arch["positions"]))
+    key, caches = (i, batch, length), CACHES.setdefault(policy, {})
     if key not in caches:
-        caches[key] = policy.cache(batch, max(length, rounded))
+        caches[key] = policy.cache(batch, length)
         for tensor in (x for pair in caches[key].kv for x in pair):
             tensor.zero_()  # a masked value is multiplied by 0, and uninitialized memory may hold nan
             torch._dynamo.mark_static_address(tensor, guard=False)

@@ -137,6 +137,12 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def check_room(length, room):
+    """Raises ValueError if `length` is above `room`, the positions of the model or of a cache."""
+    if length > room:
+        raise ValueError(f"{length} tokens, but this model has room for {room} (--length, --new-tokens)")
+
+
 class GPT(nn.Module):
     """A decoder-only language model: the policy of prt.fit and prt.generate."""
 
@@ -159,14 +165,9 @@ class GPT(nn.Module):
 
     def cache(self, batch, length, pad=None):
         """Returns an empty cache for `length` positions. Raises ValueError if the model has fewer."""
-        self.check_room(length, self.arch["positions"])
+        check_room(length, self.arch["positions"])
         weight = self.embed_tokens.weight
         return Cache(self.arch, batch, length, weight.device, weight.dtype, pad)
-
-    def check_room(self, length, room):
-        """Raises ValueError if `length` is above `room`, the positions of the model or of a cache."""
-        if length > room:
-            raise ValueError(f"{length} tokens, but this model has room for {room} (--length, --new-tokens)")
 
     def features(self, ids, cache=None, at=None):
         """Returns features [B, T, D], the input of `head`, for token ids [B, T] that follow the cached ones.
@@ -179,7 +180,7 @@ class GPT(nn.Module):
         if at is None:
             start = cache.at if cache else 0
             keys = start + T
-            self.check_room(keys, cache.length if cache else self.arch["positions"])
+            check_room(keys, cache.length if cache else self.arch["positions"])
             positions, slots = torch.arange(start, keys, device=ids.device), slice(start, keys)
             whole = start == 0 or T == 1  # causal attention over all keys, or one token that sees all of them
         else:

@@ -51,3 +51,21 @@ def write_safetensors(path, tensors, **change):
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + body)
     return path
+
+
+def write_truncated(folder, keep):
+    """Writes cut.pt, the first bytes of a state dict (a number, or a share below 1), and returns its path."""
+    data = (FIXTURES / "openclip_bare" / "weights.pt").read_bytes()
+    path = folder / "cut.pt"
+    path.write_bytes(data[: int(keep * len(data)) if keep < 1 else keep])
+    return path
+
+
+def write_trap(folder):
+    """Writes trap.pt, which creates the file `trapped` if it is unpickled without care; returns its path."""
+    class Trap:
+        def __reduce__(self):
+            return (folder / "trapped").touch, ()
+
+    torch.save(dict(state_dict=Trap()), folder / "trap.pt")
+    return folder / "trap.pt"

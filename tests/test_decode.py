@@ -278,26 +278,25 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
+def assert_same_text(trained, name, generate, **how):
+    """Asserts that `generate` continues every prompt as prt.generate does."""
+    for prompt in trained.prompts:
+        arguments = trained.base, mixture(trained, name), torch.tensor([prompt])
+        options = dict(length=30, end=trained.end)
+        assert torch.equal(generate(*arguments, **options, **how), prt.generate(*arguments, **options))
+
+
 @pytest.mark.parametrize("name", ["prt", "eft"])
 def test_compiled_steps_write_the_same_text(trained, traced, name):
     """Catches: A position is a constant of the compiled step, or positions after the last one are seen."""
-    rewards = mixture(trained, name)
-    for prompt in trained.prompts:
-        arguments = trained.base, rewards, torch.tensor([prompt])
-        options = dict(length=30, end=trained.end)
-        assert torch.equal(decode.compiled(*arguments, **options), prt.generate(*arguments, **options))
+    assert_same_text(trained, name, decode.compiled)
     assert traced["ok"] == traced["total"] == 1
 
 
 @pytest.mark.parametrize("name", ["prt", "eft"])
 def test_compiled_speculation_writes_the_same_text(trained, traced, name):
     """There is one step per set of models, with one draft and with any number, and none per position."""
-    rewards = mixture(trained, name)
-    for prompt in trained.prompts:
-        arguments = trained.base, rewards, torch.tensor([prompt])
-        options = dict(length=30, end=trained.end)
-        fast = decode.speculative(*arguments, **options, compile=True)
-        assert torch.equal(fast, prt.generate(*arguments, **options))
+    assert_same_text(trained, name, decode.speculative, compile=True)
     assert 0 < traced["ok"] == traced["total"] <= 4
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES, REFUSED
-from helpers import write_safetensors
+from conftest import REFUSED
+from helpers import write_safetensors, write_trap, write_truncated
 
 from data import files
 
@@ -97,11 +97,8 @@ def test_damaged_entries_of_safetensors_are_refused(tmp_path, entry):
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
 def test_truncated_torch_files_are_refused(tmp_path, keep):
     """Catches: A file that a full disk or an aborted copy cut gives an error that does not name it."""
-    data = (FIXTURES / "openclip_bare" / "weights.pt").read_bytes()
-    path = tmp_path / "cut.pt"
-    path.write_bytes(data[: int(keep * len(data)) if keep < 1 else keep])
     with pytest.raises(ValueError, match="cut.pt"):
-        files.read(path)
+        files.read(write_truncated(tmp_path, keep))
 
 
 @pytest.mark.parametrize("content", [[1, 2], 3, torch.ones(2)])
@@ -113,13 +110,8 @@ def test_torch_files_without_a_dict_are_refused(tmp_path, content):
 
 def test_pickles_run_no_code(tmp_path):
     """Catches: Unpickling a checkpoint from elsewhere runs whatever it asks for."""
-    class Trap:
-        def __reduce__(self):
-            return (tmp_path / "trapped").touch, ()
-
-    torch.save(dict(state_dict=Trap()), tmp_path / "trap.pt")
     with pytest.raises(ValueError, match="trap.pt"):
-        files.read(tmp_path / "trap.pt")
+        files.read(write_trap(tmp_path))
     assert not (tmp_path / "trapped").exists()
 
 

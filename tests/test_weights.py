@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES, REFUSED, ROOT
-from helpers import edited, error, expected, load, random_ids, write_safetensors
+from helpers import (
+    edited,
+    error,
+    expected,
+    load,
+    random_ids,
+    write_safetensors,
+    write_trap,
+    write_truncated,
+)
 
 import prt
 from data import files
@@ -164,11 +173,8 @@ def test_torchscript_is_quick_gelu_and_float32(tmp_path):
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
 def test_truncated_files_are_refused(tmp_path, keep):
-    data = (FIXTURES / "openclip_bare" / "weights.pt").read_bytes()
-    path = tmp_path / "cut.pt"
-    path.write_bytes(data[: int(keep * len(data)) if keep < 1 else keep])
     with pytest.raises(ValueError, match="cut.pt"):
-        weights.load(path)
+        weights.load(write_truncated(tmp_path, keep))
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, dict(step=3), dict(kind="clip"), dict(kind="odd", model={})])
@@ -181,13 +187,8 @@ def test_other_files_of_torch_are_refused(tmp_path, content):
 
 def test_pickles_run_no_code(tmp_path):
     """Catches: A checkpoint from elsewhere runs whatever it asks for."""
-    class Trap:
-        def __reduce__(self):
-            return (tmp_path / "trapped").touch, ()
-
-    torch.save(dict(state_dict=Trap()), tmp_path / "trap.pt")
     with pytest.raises(ValueError, match="trap.pt"):
-        weights.load(tmp_path / "trap.pt")
+        weights.load(write_trap(tmp_path))
     assert not (tmp_path / "trapped").exists()
 
 
