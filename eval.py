@@ -7,7 +7,7 @@ python eval.py --reward out/gsm8k-prt.pt --base Qwen/Qwen2.5-7B --limit 200
 python eval.py --reward reward.pt --base Qwen/Qwen2.5-7B --prompt "Where does a reward go?"
 python eval.py --reward reward.pt --base Qwen/Qwen2.5-7B --data ifeval.jsonl
 """
-import contextlib
+import codecs
 import functools
 import json
 import math
@@ -33,38 +33,33 @@ def parse():
     """Returns the command line's arguments."""
     p = flags.parser(__doc__)
     models, table, answers = (p.add_argument_group(name) for name in ("models", "table", "answers to text"))
-    models.add_argument("--run", help="folder whose reward.pt, new.pt, old.pt, tuned.pt, and oracle.pt "
-                        "are used as --reward, --base, --ref, --tuned, and --oracle")
+    models.add_argument("--run", help="folder of a default run: sets the flags below, unless they are given")
     models.add_argument("--reward", nargs="+", help="reward checkpoints; several are added up")
     models.add_argument("--base", help="base to add the reward to: checkpoint, folder, or Hub id")
     models.add_argument("--ref", help="source base, which the reward was trained on (default: named in it)")
     models.add_argument("--tuned", help="fine-tuned source base (--method ft): adds a row for EFT")
     models.add_argument("--oracle", help="fine-tuned new base (--method ft): adds the upper bound")
     models.add_argument("--beta", nargs="+", type=flags.positive(float),
-                        help="one row each; smaller: more reward (default: the beta of its training)")
+                        help="divides the reward, a row each (default: the beta of its training)")
     table.add_argument("--data", help="test data, or a file of IFEval (default: from the reward's training)")
     table.add_argument("--limit", type=flags.positive(int), help="text: use only this many examples")
     table.add_argument("--batch", type=flags.positive(int), default=128, help="batch size (default: 128)")
     table.add_argument("--json", help="write the table to this file")
-    table.add_argument("--picture", help="images: draw test images with both answers to this .png "
-                       "(default with --run: its picture.png)")
+    table.add_argument("--picture", help="images: .png with both answers (default with --run: picture.png)")
     flags.device(table)
     answers.add_argument("--prompt", help="prompt to answer without and with the reward, instead of a table")
     answers.add_argument("--new-tokens", type=flags.positive(int), help="per answer, at most (default: 256)")
     answers.add_argument("--temperature", type=float, default=0.0, help="0: no sampling (default: 0)")
-    answers.add_argument("--top-p", type=flags.positive(float), default=1.0,
-                         help="sample from the most likely tokens with this probability (default: 1)")
+    answers.add_argument("--top-p", type=flags.positive(float), default=1.0, help="nucleus p (default: 1)")
     answers.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
-    answers.add_argument("--speculative", action="store_true", help="speculative sampling; the reward drafts")
+    answers.add_argument("--speculative", action="store_true", help="the reward and its source draft tokens")
     answers.add_argument("--compile", action="store_true", help="torch.compile, with CUDA graphs on CUDA")
-    answers.add_argument("--responses", default="responses",
-                         help="folder for the responses to IFEval's prompts (default: responses)")
+    answers.add_argument("--responses", default="responses", help="folder for IFEval's (default: responses)")
     args = p.parse_args()
     if args.run:
         use_run(args)
     if not (args.reward and args.base):
-        p.error("--reward and --base are needed, or --run with a folder that has reward.pt and new.pt; "
-                f"this is --run {args.run}")
+        p.error(f"needs --reward and --base, or --run with reward.pt and new.pt in it, not {args.run}")
     if not args.temperature >= 0:
         p.error(f"argument --temperature: {args.temperature} is below 0")
     return args
@@ -112,6 +107,7 @@ class Row(NamedTuple):
     kl_base: Any  # the model that the row's KL is measured from
     base: Any
     rewards: list
+    drafter: Any = None  # of decode.speculative
 
 
 def main():
@@ -166,10 +162,10 @@ def plan(args, models):
         groups = [(f"base + {path} (PRT)", [reward]) for path, reward in zip(args.reward, rewards)]
         groups.append(("base + sum of rewards", rewards))
     for method, group in groups:
-        rows += [reward_row(method, base, group, beta) for beta in args.beta or [None]]
+        rows += [reward_row(method, base, ref, group, beta) for beta in args.beta or [None]]
     if ref:
         rows.append(Row("source alone", None, ref, ref, []))
-        rows.append(reward_row("source + reward", ref, rewards[:1]))
+        rows.append(reward_row("source + reward", ref, None, rewards[:1]))
     if tuned:
         rows.append(Row("source fine-tuned", None, ref, tuned, []))
         rows.append(Row("base + EFT", None, base, base, [(1.0, tuned), (-1.0, ref)]))
@@ -178,25 +174,28 @@ def plan(args, models):
     return rows
 
 
-def reward_row(method, base, rewards, beta=None):
-    """Returns the Row of a base and rewards, at one beta or each at the beta that it was trained with."""
+def reward_row(method, base, ref, rewards, beta=None):
+    """Returns the Row of a base and rewards, at one beta or each at the beta that it was trained with.
+
+    ref: the source base or None. With the rewards, it drafts for `base`.
+    """
     weighted = [(model.info["beta"] / (beta or model.info["beta"]), model) for model in rewards]
-    return Row(method, beta or rewards[0].info["beta"], base, base, weighted)
+    return Row(method, beta or rewards[0].info["beta"], base, base, weighted, ref and (ref, weighted))
 
 
 # Images
 
 def image_table(args, device, models, rows):
     """Prints the table of images, and draws the picture."""
-    info = models.rewards[0].info
-    name = args.data or info["data"]
+    name = args.data or models.rewards[0].info["data"]
     view = functools.cache(lambda size: images.load(name, "test", size))  # each model at its own resolution
     data = view(models.rewards[0].arch["image_size"])
-    for path, model in zip(args.reward, models.rewards):
-        same_classes(path, model.info["classes"], f"--data {name}", data.classes)
-    for path, model in ((args.tuned, models.tuned), (args.oracle, models.oracle)):
-        if model:
-            same_classes(path, model.info["classes"], args.reward[0], info["classes"])
+    trained = zip((*args.reward, args.tuned, args.oracle), (*models.rewards, models.tuned, models.oracle))
+    for path, classes in [(path, model.info["classes"]) for path, model in trained if model]:
+        if classes != data.classes:
+            differ = [f"{a!r} and {b!r}" for a, b in zip(classes, data.classes) if a != b] + ["the numbers"]
+            raise ValueError(f"{path} has {len(classes)} classes, --data {name} {len(data.classes)}: they "
+                             f"must be the same, but {differ[0]} differ")
 
     # One pass of each model; every row of the table is arithmetic on these logits.
     @functools.cache
@@ -206,7 +205,8 @@ def image_table(args, device, models, rows):
     @functools.cache
     def cost(*used):
         batches = [view(model.arch["image_size"]).images[:args.batch].to(device) for model in used]
-        return measure(used, lambda: [runs.predict(m, x, len(x)) for m, x in zip(used, batches)], device)
+        predict = functools.partial(runs.predict, batch=args.batch)
+        return measure(used, lambda: [predict(m, x).cpu() for m, x in zip(used, batches)], device)
 
     results, answers = [], []
     for row in rows:
@@ -222,14 +222,6 @@ def image_table(args, device, models, rows):
         with files.atomic(args.picture) as f:
             draw_picture(data, answers[0], answers[1]).save(f, "PNG")
         print(f"{args.picture}: the upper answer is of the base alone, the lower of {rows[1].method}")
-
-
-def same_classes(name, classes, other, other_classes):
-    """Raises ValueError if two lists of class names differ."""
-    if classes != other_classes:
-        differ = [f"{a!r} and {b!r}" for a, b in zip(classes, other_classes) if a != b] + ["the numbers"]
-        raise ValueError(f"{name} has {len(classes)} classes, {other} {len(other_classes)}: they must be the "
-                         f"same, but {differ[0]} differ")
 
 
 def draw_picture(data, *answers, columns=8, rows=4, cell=120):
@@ -288,13 +280,12 @@ def text_table(args, device, rows, name, respond, tokenizer, end, room):
     truth = [final_number(parts[-1][0]) for _, parts in examples]
     data = text.encode(examples, tokenizer, end, room)
     order = torch.tensor([len(ids) for ids in data.ids]).argsort()
-    batches = [text.collate(data, i, device) for i in order.split(args.batch)]
+    batches = [text.collate(data, i) for i in order.split(args.batch)]
     results = []
     for row in rows:
-        if args.compile:  # warm-up: the time of the compilation is not measured
-            respond(row, prompts[:args.batch])
         used = [row.base, *(model for _, model in row.rewards)]
-        seconds, mib, answers = measure(used, lambda row=row: respond(row, prompts), device, repeats=0)
+        # With --compile, all of it runs twice: every batch size and length is compiled before it is measured.
+        seconds, mib, answers = measure(used, lambda r=row: respond(r, prompts), device, int(args.compile))
         numbers = [final_number(tokenizer.decode(answer)) for answer in answers]
         form = statistics.mean(x is not None for x in numbers)
         exact = statistics.mean(x is not None and x == y for x, y in zip(numbers, truth))
@@ -320,7 +311,7 @@ def generate_answers(args, device, row, prompts, end, room):
     if longest + length > room:
         raise ValueError(f"a prompt of {longest} tokens and an answer of {length} (--new-tokens) exceed the "
                          f"{room} positions of these models")
-    generate = decoder(args, device)
+    generate = decoder(args, row, device)
     answers = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in tqdm(range(0, len(order), args.batch), desc="generate", disable=None, leave=False):
@@ -335,12 +326,12 @@ def generate_answers(args, device, row, prompts, end, room):
     return answers
 
 
-def decoder(args, device):
-    """Returns a function with the arguments of prt.generate that decodes as the flags say."""
+def decoder(args, row, device):
+    """Returns a function with the arguments of prt.generate that decodes a Row as the flags say."""
     generator = torch.Generator(device).manual_seed(args.seed)
-    if args.speculative:
+    if args.speculative and row.rewards:  # a base alone has nothing to draft with
         return functools.partial(decode.speculative, temperature=args.temperature, top_p=args.top_p,
-                                 generator=generator, compile=args.compile)
+                                 generator=generator, drafter=row.drafter, compile=args.compile)
     draw = decode.sampler(args.temperature, args.top_p, generator)
     return functools.partial(decode.compiled if args.compile else prt.generate, draw=draw)
 
@@ -353,28 +344,24 @@ def colored(row, prompt, answer, tokenizer, device):
               for _, policy in [(1.0, row.base), *row.rewards]}
     kls = prt.kl(prt.mixture(row.base, row.rewards, logits.get), logits[row.base]).tolist()
     plain = "NO_COLOR" in os.environ or not sys.stdout.isatty()
-    output, pending, largest = "", b"", 0.0  # a character may need several tokens
+    output, largest, utf8 = "", 0.0, codecs.getincrementaldecoder("utf-8")("replace")
     for token, kl in zip(answer, kls):
-        pending, largest = pending + tokenizer.encoding.decode_single_token_bytes(token), max(largest, kl)
-        with contextlib.suppress(UnicodeDecodeError):
-            piece = pending.decode()
+        piece, largest = utf8.decode(tokenizer.encoding.decode_single_token_bytes(token)), max(largest, kl)
+        if piece:  # a character may need several tokens
             color = next((color for limit, color in SHADES if largest >= limit), None)
             output += piece if plain or color is None else f"\033[48;5;{color}m\033[30m{piece}\033[0m"
-            pending, largest = b"", 0.0
-    return output
+            largest = 0.0
+    return output + utf8.decode(b"", final=True)
 
 
 def ifeval_docs(name, limit):
     """Returns the first `limit` rows of a file of IFEval prompts, or None if `name` is not such a file."""
-    path = Path(name)
-    if path.suffix != ".jsonl" or not path.is_file():
+    rows = list(text.rows(Path(name))) if name.endswith(".jsonl") and Path(name).is_file() else []
+    if not rows or "instruction_id_list" not in rows[0][1]:
         return None
-    if "instruction_id_list" not in next(text.rows(path), ("", {}))[1]:
-        return None
-    places, docs = zip(*text.rows(path))
-    if missing := [place for place, doc in zip(places, docs) if not isinstance(doc.get("prompt"), str)]:
+    if missing := [line for line, doc in rows if not isinstance(doc.get("prompt"), str)]:
         raise ValueError(f"{missing[0]}: it has no prompt")
-    return docs[:limit]
+    return [doc for _, doc in rows[:limit]]
 
 
 def ifeval(args, rows, docs, respond):
@@ -405,23 +392,20 @@ def ifeval(args, rows, docs, respond):
 def measure(models, work, device, repeats=5):
     """Returns (seconds, MiB, result) of work() with these models. MiB is None on a CPU.
 
+    work: its result is on the CPU, so that the device is synchronized when it returns.
     seconds: the median of `repeats` calls after a warm-up call, or the time of one call if repeats is 0. MiB:
     the models' weights plus the peak memory that work() allocates.
     """
-    seconds, allocated = [], 0
+    cuda, seconds = device.type == "cuda", []
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     for _ in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
         start = time.perf_counter()
         result = work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            allocated = max(allocated, torch.cuda.max_memory_allocated() - before)
         seconds.append(time.perf_counter() - start)
-    weights_size = sum(t.nbytes for model in set(models) for t in (*model.parameters(), *model.buffers()))
-    mib = (weights_size + allocated) / 2**20 if device.type == "cuda" else None
+    size = sum(t.nbytes for model in set(models) for t in (*model.parameters(), *model.buffers()))
+    mib = (size + torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None
     return statistics.median(seconds[1:] or seconds), mib, result
 
 

@@ -27,11 +27,10 @@ IGNORED = -100  # the label of targets to ignore, as in F.cross_entropy
 def reward(logits, ref_logits=None, beta=1.0):
     """Returns the reward of a network, beta * (log pi_theta - log pi_ref), float32 [..., L].
 
-    logits, ref_logits: [..., L], those of pi_theta and pi_ref. Raises ValueError if L differs. A reward is
-    defined up to a constant per x. Without ref_logits, pi_ref is uniform and the result is beta * logits: the
-    paper's portable reward (Algorithm 1). If pi_ref is the base that was fine-tuned, it is the implicit
-    reward (Prop. 3.1), which emulated fine-tuning (EFT) adds to another base. Added to the same base, it
-    restores the tuned model:
+    logits, ref_logits: [..., L], those of pi_theta and pi_ref. Raises ValueError if L differs. Without
+    ref_logits, pi_ref is uniform and the result is beta * logits: the paper's portable reward (Algorithm 1).
+    If pi_ref is the base that was fine-tuned, it is the implicit reward (Prop. 3.1), which emulated
+    fine-tuning (EFT) adds to another base. Added to the same base, it restores the tuned model:
 
     >>> old, tuned = torch.tensor([[0.50, 0.25, 0.25], [0.20, 0.60, 0.20]]).log()
     >>> tilt(old, reward(tuned, old)).exp()  # EFT
@@ -48,12 +47,11 @@ def reward(logits, ref_logits=None, beta=1.0):
 def tilt(base_logits, r, beta=1.0):
     """Returns the log-probabilities of pi_base * exp(r / beta) / Z, float32 [..., L] (eq. 6, Algorithm 2).
 
-    base_logits, r: [..., L]. Z normalizes, so that a constant added to r changes nothing. First example: r
-    makes the second label four times as likely relative to the others. Last example: the reward network is a
-    copy of its base, as before training, and the result is pi_base^2 / Z. Raises ValueError if L differs.
+    base_logits, r: [..., L]. Raises ValueError if L differs. Z normalizes, so that a constant added to r
+    changes nothing. In the last example r is a copy of the base, as before training: pi_base^2 / Z.
 
     >>> base, r = torch.tensor([[0.7, 0.2, 0.1], [1.0, 4.0, 1.0]]).log()
-    >>> tilt(base, r).exp()  # 0.7, 0.8, and 0.1, divided by their sum
+    >>> tilt(base, r).exp()  # 0.7, 0.2 * 4, and 0.1, divided by their sum
     tensor([0.4375, 0.5000, 0.0625])
     >>> torch.allclose(tilt(base, r + 5), tilt(base, r))
     True
@@ -93,8 +91,7 @@ def mixture(base, rewards, logits):
     rewards: list of (weight, policy). weight * logits(policy) is added to logits(base). [] is the base alone,
     [(beta_train / beta, reward)] is PRT, [(1, tuned), (-1, old)] is EFT. logits: policy -> logits [..., L].
     """
-    scores = sum((weight * logits(policy).float() for weight, policy in rewards), logits(base).float())
-    return F.log_softmax(scores, -1)
+    return F.log_softmax(sum((w * logits(policy).float() for w, policy in rewards), logits(base).float()), -1)
 
 
 def kl(log_probs, base_logits):
@@ -117,7 +114,7 @@ def label_loss(base_logits, r, targets, beta, alpha):
 
 def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alpha=0.0, loss=label_loss,
         optimizer=None, warmup=0, decay="cosine", clip=1.0, accum=1, seed=0, head=None, chunk=512,
-        compile=False, log_every=50, start=0, save=None, save_every=None, name="fit"):
+        compile=False, log_every=50, start=0, save=None, save_every=None, stop=lambda: False, name="fit"):
     """Algorithm 1: trains `policy` in place so that the base, tilted by its reward, predicts the targets.
 
     policy: module, policy(*inputs) -> logits [N, L]. Its train or eval mode is left as it is.
@@ -134,6 +131,7 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
     warmup, decay: as in `schedule`. clip: maximum gradient norm. accum: micro-batches per step and process.
     start: the number of finished steps, if policy and optimizer come from a checkpoint.
     save: called with the number of finished steps, every save_every steps (default: steps // 4) and last.
+    stop: called after every step. If it returns True, `fit` saves and returns.
 
     On CUDA the forward passes run in bfloat16 autocast. The device is synchronized only to log or save.
     Returns a list of dicts, one per log step. Raises FloatingPointError if loss or norm is not finite.
@@ -144,8 +142,9 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
     optimizer = optimizer or torch.optim.AdamW(policy.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     network, base_network = (torch.compile(m) if m and compile else m for m in (policy, base))
     if head is None:
-        head, chunk = (lambda policy, logits: logits), None
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=next(policy.parameters()).is_cuda)
+        head, chunk = (lambda policy, logits: logits), 2**62  # all targets are one chunk
+    zero = torch.zeros((), device=next(policy.parameters()).device)  # every logit of a uniform base
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=zero.is_cuda)
     # The cross-entropy of fine-tuning does not depend on the base, which then runs only for the logged KL.
     base_cancels = method == "ft" and loss is label_loss and not alpha
     history, totals, logged, clock = [], Counter(), start, time.perf_counter()
@@ -154,8 +153,7 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
         saving = save and (step + 1 == steps or (step + 1) % (save_every or max(1, steps // 4)) == 0)
         logging = saving or step + 1 == steps or (step + 1) % log_every == 0
         for group in optimizer.param_groups:
-            peak = group.setdefault("initial_lr", group["lr"])
-            group["lr"] = peak * schedule(step, steps, warmup, decay)
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * schedule(step, steps, warmup, decay)
         batch = indices(step)
         if len(batch) % (accum * world):
             raise ValueError(f"a batch of {len(batch)} does not split into {accum} x {world} (processes)")
@@ -174,31 +172,34 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
                         base_features = base_network(*inputs)
             # Backward runs through the logits of one chunk at a time, then once through the network, so that
             # the logits of all targets are never in memory together.
-            size = chunk or len(targets)
-            leaves = [part.detach().requires_grad_() for part in features.split(size)]
-            base_parts = [None] * len(leaves) if base_features is None else base_features.split(size)
-            for leaf, base_part, y in zip(leaves, base_parts, targets.split(size)):
-                with autocast:
-                    logits = head(policy, leaf)
-                    base_logits = torch.zeros_like(logits) if base_part is None else head(base, base_part)
-                    r = reward(logits, base_logits if method == "ft" else None, beta)  # r(x, y)
-                    loss_sum, correct = loss(base_logits, r, y, beta, alpha)  # -log pi_r(y|x)
-                (loss_sum * world / count).backward()  # times world: FSDP averages over the processes
-                totals.update(loss=loss_sum.detach(), correct=correct, targets=counted(y).sum())
-                if logging:
-                    divergence = kl(tilt(base_logits, r.detach(), beta), base_logits) * counted(y)
-                    totals.update(kl=divergence.sum() / count)
+            leaves = [part.detach().requires_grad_() for part in features.split(chunk)]
+            base_parts = [None] * len(leaves) if base_features is None else base_features.split(chunk)
+            with torch.autocast("cuda", enabled=False):  # keeps the head's cast weights for the next chunk
+                for leaf, base_part, y in zip(leaves, base_parts, targets.split(chunk)):
+                    with autocast:
+                        logits = head(policy, leaf)
+                        base_logits = zero.expand_as(logits) if base_part is None else head(base, base_part)
+                        r = reward(logits, base_logits if method == "ft" else None, beta)  # r(x, y)
+                        loss_sum, correct = loss(base_logits, r, y, beta, alpha)  # -log pi_r(y|x)
+                    (loss_sum * world / count).backward()  # times world: FSDP averages over the processes
+                    totals.update(loss=loss_sum.detach(), correct=correct, targets=counted(y).sum())
+                    if logging:
+                        divergence = kl(tilt(base_logits, r.detach(), beta), base_logits) * counted(y)
+                        totals.update(kl=divergence.sum() / count)
             features.backward(torch.cat([leaf.grad for leaf in leaves]))
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
-        if logging:
+        stopping = stop()
+        if logging or stopping:
             totals.update(norm=(norm.full_tensor() if world > 1 else norm) / world)
             seconds = (time.perf_counter() - clock) / (step + 1 - logged)
             history.append(log(bar, name, totals, step + 1, len(batch), seconds))
-            if saving:
+            if saving or (save and stopping):
                 save(step + 1)
             totals, logged, clock = Counter(), step + 1, time.perf_counter()
+        if stopping:
+            break
     return history
 
 
@@ -226,18 +227,18 @@ def log(bar, name, totals, step, batch, seconds):
     if dist.is_initialized():
         dist.all_reduce(values)
     sums = dict(zip(totals, values.tolist()))
-    n, norm, rate = max(sums["targets"], 1), sums["norm"], batch / seconds
-    loss, accuracy = sums["loss"] / n, sums["correct"] / n
+    n, norm, divergence = max(sums["targets"], 1), sums["norm"], sums.get("kl", math.nan)  # nan: not measured
+    loss, accuracy, rate = sums["loss"] / n, sums["correct"] / n, batch / seconds
     if not math.isfinite(loss + norm):
         raise FloatingPointError(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}; the checkpoint is "
                                  "not changed. Start again with another --out and a lower --lr")
-    text = f"loss {loss:.4f}, accuracy {accuracy:.3f}, norm {norm:.3f}, KL {sums['kl']:.3f}, {rate:.0f}/s"
+    text = f"loss {loss:.4f}, accuracy {accuracy:.3f}, norm {norm:.3f}, KL {divergence:.3f}, {rate:.0f}/s"
     if values.is_cuda:
         text += f", {torch.cuda.max_memory_allocated(values.device) / 2**20:.0f} MiB"
     bar.set_postfix_str(text)
     if bar.disable:
         print(f"{name} {step}/{bar.total}: {text}, {(bar.total - step) * seconds:.0f} s left", flush=True)
-    return dict(step=step, loss=loss, accuracy=accuracy, norm=norm, kl=sums["kl"], per_second=rate)
+    return dict(step=step, loss=loss, accuracy=accuracy, norm=norm, kl=divergence, per_second=rate)
 
 
 @torch.no_grad()
@@ -264,11 +265,10 @@ def generate(base, rewards, ids, *, length, end=None, pad=None, draw=lambda log_
 
 
 class RewardProcessor:
-    """A reward as a logits processor for transformers: maps input_ids [B, T] and scores [B, V] to scores.
+    """A reward as a logits processor for transformers: input_ids [B, T], scores [B, V] -> log-probabilities.
 
-    Returns log-probabilities of the tilt. model: the reward. beta: as in `tilt` (default: that of its
-    training). pad: id of the padding on the left of prompts. size: number of tokens in the tokenizer, if the
-    output matrices have more rows. Beam search and new batches reuse less of the KV cache and are slower.
+    model: the reward. beta: as in `tilt` (default: that of its training). pad: id of the padding on the left
+    of prompts. size: number of tokens in the tokenizer, if the output matrices have more rows.
     """
 
     def __init__(self, model, beta=None, pad=None, size=None):

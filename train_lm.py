@@ -8,7 +8,6 @@ python train_lm.py --data book.txt --method pretrain        a base of your own
 torchrun --nproc_per_node=8 train_lm.py --data gsm8k --accum 2
 """
 import contextlib
-import functools
 import math
 from pathlib import Path
 
@@ -39,14 +38,12 @@ def parse():
                      "file, or a folder with train.* and test.* (default: arithmetic)")
     run.add_argument("--reward-init", help="start the reward from this model (default: --base)")
     run.add_argument("--size", choices=SIZES, help="size of the GPT to pretrain (default: new)")
-    recipe.add_argument("--epochs", type=flags.positive(float),
-                        help="passes over the data if --steps is not given (default: 2; pretrain: none)")
+    recipe.add_argument("--epochs", type=flags.positive(float), help="instead of --steps (default: 2)")
     recipe.add_argument("--length", type=flags.positive(int),
                         help="maximum number of tokens per example (default: 1024; pretrain: 65)")
     recipe.add_argument("--drop", action="store_true", help="drop longer examples instead of truncating them")
     machine.add_argument("--recompute", action="store_true", help="less memory by activation checkpointing")
-    machine.add_argument("--chunk", type=flags.positive(int), default=512,
-                         help="number of targets to compute logits for at a time (default: 512)")
+    machine.add_argument("--chunk", type=flags.positive(int), help="targets at once (default: 512 on a CPU)")
     return p.parse_args()
 
 
@@ -64,16 +61,11 @@ from models.tokenizer import Tokenizer
 
 def main():
     """Trains one model, or all of STAGES."""
-    args = parse()
-    device = runs.setup(args.device)
-    recipe = SCRATCH if args.method == "pretrain" else PAPER
-    runs.launch(args, "arithmetic", recipe, STAGES, lambda run: train(run, device))
+    runs.launch(parse(), "arithmetic", PAPER, SCRATCH, STAGES, train)
 
 
-def train(args, device):
+def train(args, device, state):
     """Trains a base, a reward, or a fine-tuned model, and prints its scores on the test split."""
-    state = runs.begin(args)
-    torch.manual_seed(args.seed)
     template, examples = text.load(args.data, "train")
     policy, base, tokenizer, end = load_models(args, device)
     policy.recompute = args.recompute
@@ -87,31 +79,29 @@ def train(args, device):
         raise ValueError(f"an example has {max(lengths) - 1} tokens, but the model has only {room} "
                          "positions: lower --length")
     steps = args.steps or math.ceil(args.epochs * len(lengths) / args.batch)
-    shuffled = functools.partial(runs.shuffled, n=len(lengths), batch=args.batch, seed=args.seed)
-    indices = text.group_by_length(shuffled, lengths, args.batch, steps, args.seed)
-    micro_batches = runs.processes() * args.accum
-    parts = [part for step in range(min(steps, 100)) for part in indices(step).chunk(micro_batches)]
-    print(f"{len(lengths)} examples, {steps} steps, {text.padding(data, parts):.1%} padding")
+    indices = text.group_by_length(runs.order(args, len(lengths)), lengths, args.batch, steps, args.seed)
+    print(f"{len(lengths)} examples, {steps} steps")
     info = dict(kind="gpt", arch=policy.arch, tokenizer=tokenizer.text, template=template, data=args.data)
     if base:
         info |= dict(method=args.method, beta=args.beta, source=args.base)
 
     def fetch(i, generator):
-        return *text.collate(data, i, device), None
+        return *runs.to_device(text.collate(data, i), device), None
 
-    prt.fit(policy, indices, fetch, decay="linear", head=GPT.head, chunk=args.chunk,
+    chunk = args.chunk or runs.chunk_size(policy.arch["vocab"], device)
+    prt.fit(policy, indices, fetch, decay="linear", head=GPT.head, chunk=chunk,
             **runs.fit_options(args, steps, round(0.03 * steps), policy, base, device, info, state))
 
     with contextlib.suppress(FileNotFoundError):  # there may be no test split
         test = text.encode(text.load(args.data, "test")[1], tokenizer, end, room)
-        batches = [text.collate(test, i, device) for i in torch.arange(len(test.ids)).split(32)]
+        batches = [text.collate(test, i) for i in torch.arange(len(test.ids)).split(32)]
         rows = {args.out: (policy, [])}
         if base:  # the reward of fine-tuning is policy - base, so that the sum is the policy
             rewards = [(1.0, policy)] + ([(-1.0, base)] if args.method == "ft" else [])
             rows = {args.base: (base, []), args.out: (base, rewards)}
         for name, (model, rewards) in rows.items():
             print(f"{name}: " + "NLL {nll:.3f} per token, {accuracy:.2%} of the tokens".format(
-                **runs.score_texts(model, rewards, batches)))
+                **runs.score_texts(model, rewards, batches, chunk)))
 
 
 def load_models(args, device):

@@ -7,7 +7,6 @@ python train_vision.py --data DIR --method pretrain     a base of your own, from
 torchrun --nproc_per_node=8 train_vision.py --data cifar100
 """
 import copy
-import functools
 
 from models import flags
 
@@ -41,22 +40,16 @@ import torch
 import prt
 from data import files, images
 from models import runs, weights
-from models.clip import CLIP, classifier
+from models.clip import CLIP, classifier, resize
 
 
 def main():
     """Trains one model, or all of STAGES."""
-    args = parse()
-    device = runs.setup(args.device)
-    recipe = SCRATCH if args.method == "pretrain" else PAPER
-    runs.launch(args, "shapes", recipe, STAGES, lambda run: train(run, device))
+    runs.launch(parse(), "shapes", PAPER, SCRATCH, STAGES, train)
 
 
-def train(args, device):
-    """Runs `pretrain` or `tune` with resolved arguments."""
-    state = runs.begin(args)
-    torch.manual_seed(args.seed)
-    (pretrain if args.method == "pretrain" else tune)(args, device, state)
+def train(args, device, state):
+    return pretrain(args, device, state) if args.method == "pretrain" else tune(args, device, state)
 
 
 def tune(args, device, state):
@@ -69,19 +62,19 @@ def tune(args, device, state):
     test_base_logits = runs.predict(policy, test.images)
     pixels, labels = runs.place(data.images, device), data.labels.to(device)
     if args.augment:  # the images differ in every step, so that the base cannot be run once in advance
-        base, base_logits = copy.deepcopy(policy).requires_grad_(False), None
+        base, base_logits = runs.freeze(copy.deepcopy(policy), device), None
     else:
         base, base_logits = None, runs.predict(policy, pixels)  # [N, L]
 
     def fetch(i, generator):
         x, y = take(pixels, i, device), take(labels, i, device)
         if args.augment:
-            return (images.augment(x, generator),), y, None
+            return (images.augment(resize(x, policy.arch["image_size"]), generator),), y, None
         return (x,), y, take(base_logits, i, device)
 
     info = dict(kind="classifier", arch=policy.arch, classes=data.classes, templates=data.templates,
                   data=args.data, method=args.method, beta=args.beta, source=args.base)
-    prt.fit(policy, order(data, args), fetch,
+    prt.fit(policy, runs.order(args, len(data.labels)), fetch,
             **runs.fit_options(args, args.steps, args.steps // 4, policy, base, device, info, state))
 
     logits = runs.predict(policy, test.images)
@@ -103,11 +96,11 @@ def pretrain(args, device, state):
         chosen = torch.randint(captions.shape[1], (len(i),), generator=generator)  # one caption per image
         text = take(captions.flatten(0, 1), i * captions.shape[1] + chosen, device)
         x = take(pixels, i, device)
-        x = images.augment(x, generator) if args.augment else x
+        x = images.augment(resize(x, clip.arch["image_size"]), generator) if args.augment else x
         return (x, text), torch.arange(len(i), device=device).repeat(2), None
 
     info = dict(kind="clip", arch=clip.arch, classes=data.classes, templates=data.templates, data=args.data)
-    prt.fit(clip, order(data, args), fetch,
+    prt.fit(clip, runs.order(args, len(data.labels)), fetch,
             **runs.fit_options(args, args.steps, args.steps // 4, clip, None, device, info, state))
 
     saved = weights.load(args.out, "base", text=False).to(device)
@@ -124,13 +117,8 @@ def load_splits(args, split, size, state):
 
 
 def take(tensor, i, device):
-    """Returns tensor[i] on the device, without synchronizing it if the tensor is there already."""
-    return tensor[i.to(tensor.device, non_blocking=True)].to(device, non_blocking=True)
-
-
-def order(data, args):
-    """Returns the function `indices` for prt.fit."""
-    return functools.partial(runs.shuffled, n=len(data.labels), batch=args.batch, seed=args.seed)
+    """Returns tensor[i] on the device, without synchronizing it."""
+    return runs.to_device(tensor[runs.to_device(i, tensor.device)], device)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from tqdm import tqdm
 
 CACHE = Path(os.environ.get("PRT_CACHE", "~/.cache/prt")).expanduser()  # downloads and resized images
+DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)  # of a bad file
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
               I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
@@ -31,11 +33,20 @@ def atomic(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as f:
+        with open(part, "w+b") as f:
             yield f
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def explain(prefix, *kinds):
+    """Turns an error of these kinds in the with block into a ValueError that begins with prefix."""
+    try:
+        yield
+    except kinds as error:
+        raise ValueError(f"{prefix}: {' '.join(str(error).split()):.400}") from None
 
 
 @contextlib.contextmanager
@@ -53,13 +64,16 @@ def save(path, tensors):
         with atomic(path) as f:
             torch.save(tensors, f)
     except (OSError, RuntimeError) as error:  # torch's own writer hides the OSError of a full disk
+        if isinstance(error.__context__, SystemExit):
+            raise error.__context__ from None  # a signal ended the program
         raise OSError(f"{path}: could not be written; the disk may be full ({first_line(error)})") from error
 
 
-def read(path):
+def read(path, mmap=False):
     """Returns the dict in a .safetensors file, a file of torch.save, or a TorchScript archive.
 
-    Unpickles with weights_only=True. Raises ValueError if the file is damaged.
+    Unpickles with weights_only=True. mmap: a file of torch.save is read on first use of its tensors. Raises
+    ValueError if the file is damaged.
     """
     if Path(path).suffix == ".safetensors":
         return read_safetensors(path)
@@ -68,7 +82,7 @@ def read(path):
             names = zipfile.ZipFile(f).namelist() if zipfile.is_zipfile(f) else []
         if any(name.endswith("/constants.pkl") for name in names):  # OpenAI's own files
             return torch.jit.load(path, map_location="cpu").state_dict()
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if not isinstance(content, dict):
             raise TypeError(f"it holds a {type(content).__name__}, not a dict")
         return content
@@ -82,24 +96,21 @@ def read_safetensors(path):
     """Returns name -> tensor from a private memory map: reads on first use, and never writes to the file."""
     with open(path, "rb") as f:
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY) if os.path.getsize(path) else b""
-    try:
+    with explain(f"{path}: damaged or truncated safetensors file", *DAMAGE):
         start = 8 + int.from_bytes(data[:8], "little")
         if start > len(data):
             raise ValueError(f"its header ends at byte {start} of {len(data)}")
         header = json.loads(data[8:start])
         header.pop("__metadata__", None)
         return {name: safetensors_entry(data, start, name, **entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: damaged or truncated safetensors file: {error}") from None
 
 
 def safetensors_entry(data, start, name, dtype, shape, data_offsets):
     """Returns one tensor of a safetensors file; arguments from `dtype` on are its header entry."""
     (begin, end), count = data_offsets, math.prod(shape)
-    if min(shape, default=0) < 0 or not 0 <= begin <= end <= len(data) - start:
-        raise ValueError(f"{name}: shape {shape} at bytes {begin} to {end} of {len(data) - start}")
-    if count * DTYPES[dtype].itemsize != end - begin:
-        raise ValueError(f"{name}: {dtype} {shape} does not fill {end - begin} bytes")
+    fits = 0 <= begin <= end <= len(data) - start and count * DTYPES[dtype].itemsize == end - begin
+    if min(shape, default=0) < 0 or not fits:
+        raise ValueError(f"{name}: {dtype} {shape} at bytes {begin} to {end} of {len(data) - start}")
     if not count:
         return torch.empty(shape, dtype=DTYPES[dtype])
     return torch.frombuffer(data, dtype=DTYPES[dtype], count=count, offset=start + begin).reshape(shape)
@@ -119,8 +130,8 @@ def download(url, path):
 
     Raises OSError that says what to do, and FileNotFoundError for status 404.
 
-    HF_TOKEN is sent to the Hub's own host only, in a header that urllib does not pass on to a redirect. (The
-    function torch.hub.download_url_to_file cannot send a header.)
+    A web page or damaged JSON, which a proxy may send with status 200, is refused and not kept. HF_TOKEN is
+    sent to the Hub's own scheme, host, and port only. (torch.hub.download_url_to_file cannot send a header.)
     """
     if path.exists():
         return path
@@ -129,9 +140,10 @@ def download(url, path):
     if token and url.startswith(endpoint() + "/"):
         if len(token.split()) > 1:  # http.client would quote it in its error
             raise ValueError("HF_TOKEN holds a space or a line break")
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
+        request.add_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(request, timeout=30) as response, atomic(path) as f:
+        opener = urllib.request.build_opener(Redirect)
+        with opener.open(request, timeout=30) as response, atomic(path) as f:
             total = int(response.headers.get("Content-Length") or 0)
             with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
                 while chunk := response.read(1 << 20):
@@ -139,6 +151,14 @@ def download(url, path):
                     bar.update(len(chunk))
             if total and f.tell() != total:
                 raise OSError(f"the connection ended after {f.tell()} of {total} bytes")
+            f.seek(0)
+            start = f.read(200).lstrip()
+            if start[:9].lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")):
+                raise OSError(f"the server sent a web page, {start[:60]}")
+            if path.suffix == ".json":
+                f.seek(0)
+                with explain("the server sent damaged JSON", ValueError, RecursionError):
+                    json.load(f)
     except urllib.error.HTTPError as error:
         if error.code == 404:
             raise FileNotFoundError(f"{url}: no such file") from None
@@ -146,10 +166,21 @@ def download(url, path):
         if error.code in (401, 403):
             hint = f"; misspelled, or gated: accept the license at {url.split('/resolve/')[0]}, set HF_TOKEN"
         raise OSError(f"{url}: HTTP {error.code}{hint}") from None
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise OSError(f"{url}: download failed ({first_line(error)}); save the file as {path} by other means"
                       ) from None
     return path
+
+
+class Redirect(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, to another scheme, host, or port without HF_TOKEN."""
+
+    def redirect_request(self, request, *details):
+        """Returns the next request. A name of urllib's, which calls it."""
+        redirected = super().redirect_request(request, *details)
+        if urlsplit(redirected.full_url)[:2] != urlsplit(request.full_url)[:2]:
+            redirected.headers.pop("Authorization", None)
+        return redirected
 
 
 def first_line(error):

@@ -4,12 +4,16 @@ A reader returns (classes, templates, samples). A sample is (label, name for err
 PIL image). `load` turns the samples into tensors once and keeps them in a cache file.
 """
 import colorsys
+import contextlib
 import functools
 import hashlib
+import io
 import math
+import os
 import pickle
 import random
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +31,8 @@ HUB = dict(caltech101="wds_vtab-caltech101", flowers="wds_vtab-flowers", resisc4
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 CIFAR_SHA256 = "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+VERSION = 2  # of the tensors in cache files: change it with them, so that older files are not used
+THREADS = os.cpu_count()
 OPEN = functools.partial(Image.open, formats=("JPEG", "PNG", "WEBP", "BMP"))  # PostScript would run code
 
 
@@ -63,7 +69,8 @@ def augment(images, generator):
 
     A crop has 50 to 100% of the image's area.
     """
-    u = torch.rand(len(images), 4, generator=generator).to(images.device, non_blocking=True)
+    u = torch.rand(len(images), 4, generator=generator)
+    u = (u.pin_memory() if images.is_cuda else u).to(images.device, non_blocking=True)
     scale = (0.5 + 0.5 * u[:, 0]).sqrt()
     theta = torch.zeros(len(images), 2, 3, device=images.device)
     theta[:, 0, 0] = torch.where(u[:, 3] < 0.5, -scale, scale)
@@ -77,13 +84,15 @@ def augment(images, generator):
 def load(source, split, size):
     """Returns a split of a data set as Images of size x size pixels, from the cache if it was read before.
 
+    If all images are squares of one smaller size, they are not resized. The models do that on the device.
+
     source: shapes, cifar100 (or a path to cifar-100-python.tar.gz), caltech101, flowers, resisc45, cars,
     aircraft, country211, a Hub id or a folder with the layout of `webdataset`, or a folder with
     train/CLASS/*.jpg and test/CLASS/*.jpg. Raises ValueError or OSError that names the file.
     """
     root, stamp = Path(source), ""
     if source == "shapes":
-        reader, stamp = shapes, SHAPES_VERSION
+        reader = shapes
     elif source == "cifar100" or root.name == "cifar-100-python.tar.gz":
         reader = functools.partial(cifar100, None if source == "cifar100" else root)
     elif source in HUB or (not root.exists() and files.HUB_ID.fullmatch(source)):
@@ -100,19 +109,19 @@ def load(source, split, size):
         source = root = root.resolve()
         stamp = "".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in sorted(root.rglob("*")))
     digest = hashlib.sha256(f"{source}{stamp}".encode()).hexdigest()[:16]
-    cache = files.CACHE / "images" / f"{Path(source).name}-{split}-{size}-{digest}.pt"
-    if cache.exists():
-        try:
-            return Images(**files.read(cache))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{error}; delete this cache file to rebuild it") from None
+    cache = files.CACHE / "images" / f"{Path(source).name}-{split}-{size}-{digest}-v{VERSION}.pt"
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # a damaged file is made again
+        return Images(**files.read(cache, mmap=True))
     data = pack(source, split, size, *reader(split))
     files.save(cache, data._asdict())
     return data
 
 
-def pack(source, split, size, classes, templates, samples, texts=()):
-    """Returns a reader's samples as Images. Raises ValueError that names the sample or class."""
+def pack(source, split, size, classes, templates, samples, texts=(), keep_small=True):
+    """Returns a reader's samples as Images. Raises ValueError that names the sample or class.
+
+    keep_small: whether to keep images at their own size if all are s x s pixels for an s below `size`.
+    """
     if not len(samples) or not classes:
         raise ValueError(f"{source}: its {split} split holds no images")
     if invalid := [(name, label) for label, name, _ in samples if not 0 <= label < len(classes)]:
@@ -120,13 +129,26 @@ def pack(source, split, size, classes, templates, samples, texts=()):
     labels = torch.tensor([label for label, _, _ in samples])
     if empty := [c for c, n in zip(classes, labels.bincount(minlength=len(classes))) if not n]:
         raise ValueError(f"{source}: its {split} split has no image of class {', '.join(empty[:5])}")
-    images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
-    for i, (_, name, image) in enumerate(tqdm(samples, desc=f"{source} {split}", disable=None)):
-        try:
-            images[i] = resize_crop(image(), size)
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{name}: not a readable image ({error})") from None
-    return Images(images, labels, list(classes), list(templates), list(texts))
+    read = functools.partial(read_image, size=size, keep_small=keep_small)
+    images = torch.empty(len(samples), *read(samples[0]).shape, dtype=torch.uint8)
+    with ThreadPoolExecutor(THREADS) as pool:  # Pillow releases Python's lock while it decodes and resizes
+        for i, x in enumerate(tqdm(pool.map(read, samples), f"{source} {split}", len(samples), disable=None)):
+            if x.shape != images.shape[1:]:
+                break
+            images[i] = x
+        else:
+            return Images(images, labels, list(classes), list(templates), list(texts))
+    return pack(source, split, size, classes, templates, samples, texts, keep_small=False)
+
+
+def read_image(sample, size, keep_small):
+    """Returns a sample's image as uint8 [3, S, S]; S is `size`, or less as in `pack`."""
+    _, name, open_image = sample
+    kinds = OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError
+    with files.explain(f"{name}: not a readable image", *kinds):
+        image = open_image()
+        w, h = image.size
+        return resize_crop(image, w if keep_small and w == h < size else size)
 
 
 def resize_crop(image, size):
@@ -144,10 +166,8 @@ def resize_crop(image, size):
 
 def lines(path):
     """Returns the lines of a text file that are not blank."""
-    try:
+    with files.explain(path, UnicodeDecodeError):
         return [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def webdataset(fetch, split):
@@ -163,37 +183,42 @@ def webdataset(fetch, split):
         raise ValueError(f"{file}: holds {shards}, not one number")
     for i in range(int(shards[0])):
         path = fetch(f"{split}/{i}.tar")
-        tar, members = tar_members(path)
+        members = tar_members(path)
         for name, member in members.items():
             if not name.lower().endswith(SUFFIXES):
                 continue
             label = members.get(name.rpartition(".")[0] + ".cls")
             if label is None:
                 raise ValueError(f"{path}: {name} has no .cls file beside it")
-            text = tar.extractfile(label).read(20).decode(errors="replace").strip()
+            text = read_member(path, label)[:20].decode(errors="replace").strip()
             if not text.isdecimal():
                 raise ValueError(f"{path}: {label.name} holds {text!r}, not a class number")
-            samples.append((int(text), f"{path}: {name}", functools.partial(open_member, tar, member)))
+            samples.append((int(text), f"{path}: {name}", functools.partial(open_member, path, member)))
     return classes, templates, samples
 
 
 def tar_members(path):
-    """Returns an open tar file and its regular files, by name. Raises ValueError if it is truncated."""
-    try:
-        tar = tarfile.open(path, "r:")  # noqa: SIM115 (stays open, since images are read later)
+    """Returns a tar file's regular files, by name. Raises ValueError if it is truncated."""
+    damaged = files.explain(f"{path}: damaged or truncated tar", tarfile.TarError)
+    with damaged, tarfile.open(path, "r:") as tar:
         members = {member.name: member for member in tar if member.isfile() and not member.issparse()}
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: damaged or truncated tar ({error})") from None
     with open(path, "rb") as f:
         f.seek(tar.offset)  # tarfile silently stops at damage: nothing but the end mark may follow
         rest = f.read(1 << 20)
     if any(rest) or len(rest) < 1024:
         raise ValueError(f"{path}: tar truncated or damaged at byte {tar.offset}")
-    return tar, members
+    return members
 
 
-def open_member(tar, member):
-    return OPEN(tar.extractfile(member))
+def read_member(path, member):
+    """Returns the bytes of a member of a tar file; threads may read the same file."""
+    with open(path, "rb") as f:
+        f.seek(member.offset_data)
+        return f.read(member.size)
+
+
+def open_member(path, member):
+    return OPEN(io.BytesIO(read_member(path, member)))
 
 
 def folder(root, split):
@@ -215,16 +240,17 @@ def cifar100(path, split):
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     if digest != CIFAR_SHA256:
         raise ValueError(f"{path}: sha256 {digest}, but CIFAR-100's is {CIFAR_SHA256}; download it again")
-    with tarfile.open(path) as tar:
-        table, meta = (pickle.load(tar.extractfile(f"cifar-100-python/{name}"), encoding="bytes")
-                       for name in (split, "meta"))
+    with tarfile.open(path) as tar:  # one pass, since seeking back in a .gz file reads it again
+        parts = {Path(member.name).name: pickle.load(tar.extractfile(member), encoding="bytes")
+                 for member in tar if Path(member.name).name in (split, "meta")}
+    table = parts[split]
     pixels = table[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # [N, 32, 32, 3]
     samples = [(label, f"{path}: {split} {i}", functools.partial(Image.fromarray, pixels[i]))
                for i, label in enumerate(table[b"fine_labels"])]
     kinds = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
     templates = [f"a {kind}photo of {a} {{c}}." for a in ("a", "the") for kind in kinds]
     templates += [f"a photo of {a} {size} {{c}}." for a in ("a", "the") for size in ("small", "big")]
-    return [n.decode().replace("_", " ") for n in meta[b"fine_label_names"]], templates, samples
+    return [n.decode().replace("_", " ") for n in parts["meta"][b"fine_label_names"]], templates, samples
 
 
 # The built-in data set: 8 colors x 8 forms. Bases are pretrained on captioned images in white light. The
@@ -235,7 +261,6 @@ FORMS = dict(triangle=(3, 0.5, 0, 0), square=(4, 0.71, 0, 0), pentagon=(5, 0.81,
              star=(5, 0.4, 0, 0), sparkle=(4, 0.3, 0, 0), ring=(24, 1, 0.55, 0), crescent=(24, 1, 0.85, 0.5))
 LIGHT = 24  # degrees of hue
 COUNTS = dict(captioned=20_000, train=4_000, test=4_000)
-SHAPES_VERSION = 1  # change it with the pictures, so that cached ones are not used
 
 
 def shapes(split):

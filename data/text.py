@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from data import files
 
 GSM8K = "Question: {}\n\nAnswer:"
 TULU = "<|user|>\n{}\n<|assistant|>\n"  # Tulu v2's chat template
@@ -53,10 +56,8 @@ def load(source, split):
     elif split == "test":
         raise FileNotFoundError(f"--data {source}: no test split; use a folder with train.* and test.*")
     if path.suffix == ".txt":
-        try:
+        with files.explain(path, UnicodeDecodeError):
             return "{}", [(str(path), [(read(path).decode(), True)])]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: {error}") from None
     examples = [(name, *segments(name, row)) for name, row in rows(path)]
     if not examples:
         raise ValueError(f"{path}: holds no example")
@@ -65,33 +66,25 @@ def load(source, split):
 
 def read(path):
     """Returns the content of a file, decompressed if it is a .gz file."""
-    try:
+    with files.explain(path, EOFError, zlib.error, gzip.BadGzipFile):
         data = path.read_bytes()
         return gzip.decompress(data) if path.suffix == ".gz" else data
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def rows(path):
     """Yields (name for errors, dict) for every line of a .jsonl file or row of a .parquet file."""
     if path.suffix == ".parquet":
-        try:
+        with files.explain(f"{path}: parquet needs pyarrow (pip install pyarrow)", ImportError):
             import pyarrow.parquet
-        except ImportError:
-            raise ValueError(f"{path}: parquet needs pyarrow: pip install pyarrow") from None
-        try:
+        with files.explain(path, pyarrow.ArrowException, OSError):
             table = pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
         yield from ((f"{path} row {i + 1}", row) for i, row in enumerate(table))
         return
     for i, line in enumerate(read(path).split(b"\n")):
         if not line.strip():
             continue
-        try:
+        with files.explain(f"{path} line {i + 1}", ValueError, RecursionError):
             row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} line {i + 1}: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path} line {i + 1}: {line!r:.60} is not a JSON object")
         yield f"{path} line {i + 1}", row
@@ -99,7 +92,8 @@ def rows(path):
 
 def segments(name, row):
     """Returns the prompt template and the segments of a row. Raises ValueError that begins with name."""
-    try:
+    expected = "messages, prompt and response, or question and answer"
+    with files.explain(f"{name}: not {expected}", LookupError, TypeError):
         if "messages" in row:
             parts = []
             for message in row["messages"]:
@@ -116,9 +110,6 @@ def segments(name, row):
             template, parts = GSM8K, [(GSM8K.replace("{}", row["question"]), False), (" " + answer, True)]
         else:
             template, parts = "{}", [(row["prompt"], False), (row["response"], True)]
-    except (LookupError, TypeError) as error:
-        raise ValueError(f"{name}: not messages, prompt and response, or question and answer ({error!r})"
-                         ) from None
     if invalid := [text for text, _ in parts if not isinstance(text, str)]:
         raise ValueError(f"{name}: {invalid[0]!r:.100} is not text")
     if not any(counts for _, counts in parts) or not all(text.strip() for text, counts in parts if counts):
@@ -141,22 +132,16 @@ def encode(examples, tokenizer, end, length, drop=False):
 
     Examples without a target within the first `length` ids are always dropped. Prints how many are too long.
     """
-    data, too_long, dropped = Tokens([], []), 0, 0
-    for _, parts in examples:
-        ids, counts = token_ids(parts, tokenizer, end)
-        if len(ids) > length:
-            too_long += 1
-        if (drop and len(ids) > length) or not any(counts[1:length]):
-            dropped += 1
-            continue
-        data.ids.append(torch.tensor(ids[:length]))
-        data.counts.append(torch.tensor(counts[:length]))
+    rows = [[torch.tensor(x) for x in token_ids(parts, tokenizer, end)] for _, parts in examples]
+    too_long = sum(len(ids) > length for ids, _ in rows)
+    used = [(ids[:length], counts[:length]) for ids, counts in rows
+            if counts[1:length].any() and not (drop and len(ids) > length)]
+    dropped = len(rows) - len(used)
     if too_long or dropped:
-        print(f"{too_long} of {len(examples)} examples exceed {length} tokens; {dropped} are dropped")
-    if not data.ids:
-        raise ValueError(f"none of {len(examples)} examples has a response that begins within --length "
-                         f"{length}")
-    return data
+        print(f"{too_long} of {len(rows)} examples exceed {length} tokens; {dropped} are dropped")
+    if not used:
+        raise ValueError(f"none of {len(rows)} examples has a response that begins within --length {length}")
+    return Tokens(*map(list, zip(*used)))
 
 
 def blocks(examples, tokenizer, end, length):
@@ -188,28 +173,16 @@ def group_by_length(indices, lengths, batch, steps, seed, pool=50):
     return lambda step: pooled(step // pool * pool)[step % pool]
 
 
-def collate(data, i, device="cpu"):
+def collate(data, i):
     """Returns ((ids [B, T], index [N]), targets [N]) for the examples i, padded on the right.
 
     index: positions in ids.flatten() whose next token is a target.
     """
     rows = [(data.ids[k], data.counts[k]) for k in i.tolist()]
-    T = max(len(ids) for ids, _ in rows) - 1
-    ids = torch.zeros(len(rows), T, dtype=torch.long)
-    index, targets = [], []
-    for row, (tokens, counts) in enumerate(rows):
-        ids[row, :len(tokens) - 1] = tokens[:-1]
-        index.append(row * T + counts[1:].nonzero().flatten())
-        targets.append(tokens[1:][counts[1:]])
-    ids, index, targets = (x.to(device, non_blocking=True)
-                           for x in (ids, torch.cat(index), torch.cat(targets)))
-    return (ids, index), targets
-
-
-def padding(data, parts):
-    """Returns the fraction of padding in [0, 1] of the micro-batches `parts` (tensors of indices)."""
-    lengths = [torch.tensor([len(data.ids[k]) for k in part.tolist()]) for part in parts]
-    return 1 - sum(int(n.sum()) for n in lengths) / sum(int(n.max()) * len(n) for n in lengths)
+    inputs = pad_sequence([ids[:-1] for ids, _ in rows], batch_first=True)  # [B, T]
+    counts = pad_sequence([counts[1:] for _, counts in rows], batch_first=True)  # [B, T]: of the next tokens
+    targets = torch.cat([ids[1:][counts[1:]] for ids, counts in rows])
+    return (inputs, counts.flatten().nonzero().flatten()), targets
 
 
 # The built-in data set: word problems of one step. The old base's text has half of the facts, the new base's

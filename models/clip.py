@@ -32,14 +32,9 @@ class Attention(nn.Module):
 
     def forward(self, x, causal, queries):
         """Maps features x [B, T, D] to [B, queries, D]; only the first `queries` positions are queries."""
-        T, D = x.shape[1:]
-        if queries == T:
-            q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
-        else:
-            q = F.linear(x[:, :queries], self.in_proj_weight[:D], self.in_proj_bias[:D])
-            k, v = F.linear(x, self.in_proj_weight[D:], self.in_proj_bias[D:]).chunk(2, -1)
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [B, H, T, D/H]
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = F.scaled_dot_product_attention(q[:, :, :queries], k, v, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).flatten(2))  # [B, H, queries, D/H] -> [B, queries, D]
 
 
@@ -100,12 +95,28 @@ def image_tower(arch):
     return ModifiedResNet(arch) if isinstance(arch["layers"], list) else VisionTransformer(arch)
 
 
-def normalize(images, arch):
-    """Returns uint8 images [B, 3, S, S] as float32, normalized by arch's mean and std; others unchanged."""
-    if images.dtype != torch.uint8:
+def resize(images, size):
+    """Returns uint8 images [B, 3, h, w] as uint8 [B, 3, size, size], resized like PIL's bicubic filter."""
+    if images.shape[-2:] == (size, size):
         return images
-    mean, std = (torch.tensor(arch[k]).to(images.device, non_blocking=True) for k in ("mean", "std"))
-    return (images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    x = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True, align_corners=False)
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
+class Preprocess(nn.Module):
+    """Maps uint8 images [B, 3, h, w] to float32 [B, 3, S, S], resized and normalized; others unchanged."""
+
+    def __init__(self, arch):
+        super().__init__()
+        self.size = arch["image_size"]
+        for name in ("mean", "std"):  # device: not "meta", where models/weights.py builds models
+            x = torch.tensor(arch[name], device="cpu").view(3, 1, 1)
+            self.register_buffer(name, x, persistent=False)
+
+    def forward(self, images):
+        if images.dtype != torch.uint8:
+            return images
+        return (resize(images, self.size) / 255 - self.mean) / self.std
 
 
 def cosine(features, head):
@@ -123,7 +134,7 @@ class CLIP(nn.Module):
     def __init__(self, arch):
         super().__init__()
         self.arch, width = arch, arch["text_width"]
-        self.visual = image_tower(arch)
+        self.preprocess, self.visual = Preprocess(arch), image_tower(arch)
         self.token_embedding = nn.Embedding(arch["vocab"], width)
         self.positional_embedding = nn.Parameter(torch.randn(arch["context"], width) * 0.01)
         self.transformer = Transformer(width, arch["text_layers"], arch["text_heads"], arch["quick_gelu"])
@@ -150,26 +161,26 @@ class CLIP(nn.Module):
         return self.ln_final(x) @ self.text_projection
 
     def forward(self, images, tokens):
-        """Maps images [B, 3, S, S], uint8 or normalized, and their captions [B, T] to logits [2B, B].
+        """Maps images [B, 3, h, w], as for Preprocess, and their captions [B, T] to logits [2B, B].
 
         Row i < B scores all texts for image i, and row B + i scores all images for text i. Cross-entropy with
         the targets 0 to B-1, repeated for both halves, is CLIP's contrastive loss.
         """
         text = F.normalize(self.encode_text(tokens).float(), dim=-1) * self.logit_scale.exp().clamp(max=100)
-        logits = cosine(self.encode_image(normalize(images, self.arch)), text)
+        logits = cosine(self.encode_image(self.preprocess(images)), text)
         return torch.cat([logits, logits.T])
 
 
 class Classifier(nn.Module):
-    """An image tower and a fixed head [L, E]: images [B, 3, S, S], uint8 or normalized -> logits [B, L]."""
+    """An image tower and a fixed head [L, E]: images [B, 3, h, w], as for Preprocess -> logits [B, L]."""
 
     def __init__(self, arch, visual, head):
         super().__init__()
-        self.arch, self.visual = arch, visual
+        self.arch, self.preprocess, self.visual = arch, Preprocess(arch), visual
         self.register_buffer("head", head)
 
     def forward(self, images):
-        return cosine(self.visual(normalize(images, self.arch)), self.head)
+        return cosine(self.visual(self.preprocess(images)), self.head)
 
 
 @torch.no_grad()
@@ -186,4 +197,4 @@ def classifier(clip, prompts):
     texts = (F.normalize(clip.encode_text(p.to(device)), dim=-1) for p in prompts)  # each [P, E]
     head = torch.stack([text.mean(0) for text in texts])  # [L, E]
     head = F.normalize(head, dim=-1) * clip.logit_scale.exp()
-    return Classifier(clip.arch, clip.visual, head).eval()
+    return Classifier(clip.arch, clip.visual, head).to(device).eval()

@@ -1,83 +1,79 @@
 """Faster decoding than prt.generate, with the same results (samples: the same distribution).
 
-`speculative`: the reward, which must see every token anyway, drafts a few tokens, and the base checks all of
-them in one pass. `compiled`: each step after the prompt runs as one compiled graph. `sampler` returns a
-function `draw` that samples with a temperature, for prt.generate and `compiled`.
+`speculative`: small models draft a few tokens, and the base checks all of them in one pass. `compiled`: each
+step after the prompt runs as one compiled graph. `sampler` returns a function `draw` that samples with a
+temperature, for prt.generate and `compiled`.
 """
 import functools
 import math
 import weakref
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import prt
 
-CACHES = weakref.WeakKeyDictionary()  # policy -> {(index, batch, length): KV cache for compiled steps}
-
-
-class Term(NamedTuple):
-    """A policy in a mixture, its weight, and its KV cache."""
-
-    weight: float
-    policy: Any
-    cache: Any
+CACHES = weakref.WeakKeyDictionary()  # policy -> {(batch, length): KV cache for compiled steps}
 
 
 @torch.no_grad()
 def speculative(base, rewards, ids, *, length, end=None, pad=None, temperature=0.0, top_p=1.0, generator=None,
-                compile=False):
+                drafter=None, compile=False):
     """Does the work of prt.generate by speculative sampling (Leviathan et al. 2023; Chen et al. 2023).
 
-    The first reward (in EFT, the tuned model) drafts tokens by its softmax, and `accept` decides which to
-    keep. Arguments as in prt.generate and `sampler`. With compile, steps run as compiled graphs, as in
+    drafter: the (base, rewards) of a mixture that drafts tokens, of which `accept` keeps some. Policies that
+    are in both mixtures run once. Default: the first reward alone (in EFT, the tuned model). The reward with
+    its source base is the tuned source model: it drafts better, but one more model runs.
+
+    Other arguments as in prt.generate and `sampler`. With compile, steps run as compiled graphs, as in
     `compiled`. Best for small batches, since all rows advance by the same number of tokens. Synchronizes the
     device after every drafted token.
     """
-    if not rewards:  # there is no drafter
-        decode = compiled if compile else prt.generate
-        draw = sampler(temperature, top_p, generator)
-        return decode(base, [], ids, length=length, end=end, pad=pad, draw=draw)
+    drafter = drafter or (rewards[0][1] if rewards else base, [])
     B, total = len(ids), ids.shape[1] + length
-    base_term, drafter, *others = open_terms(base, rewards, B, total, pad, compile)
+    drafting = open_caches(*drafter, B, total, pad, compile)
+    checking = {policy: cache for policy, cache in open_caches(base, rewards, B, total, pad, compile).items()
+                if policy not in drafting}
     distribution = functools.partial(probabilities, temperature=temperature, top_p=top_p)
     out, new = ids, ids  # new: the last tokens of `out`, which are not in the caches yet
-    done, k = torch.zeros(B, dtype=torch.bool, device=ids.device), 4
+    done, k = torch.zeros(B, dtype=torch.bool, device=ids.device), 8  # k: how many tokens to draft
     while out.shape[1] < total:
         at = out.shape[1] - new.shape[1]
         k = min(k, total - out.shape[1] - 1)
-        drafts, q, drafter_scores = draft(drafter, new, at, k, done, end, distribution, generator, compile)
+        drafts, q, logits = draft(drafter, drafting, new, at, k, done, end, distribution, generator, compile)
         k = drafts.shape[1]
-        other_scores = score([base_term, *others], torch.cat([new, drafts], 1), at, k + 1, compile)
-        p = distribution(drafter.weight * drafter_scores + other_scores)  # [B, k + 1, V]
+        logits |= score(checking, torch.cat([new, drafts], 1), at, k + 1, compile)
+        p = distribution(prt.mixture(base, rewards, logits.get))  # [B, k + 1, V]
         new, done = fill_after_end(accept(p, q, drafts, done, generator), done, end)
         accepted = new.shape[1] - 1
-        k = min(k + 1, 8) if accepted == k else max(accepted, 1)
-        out, new = torch.cat([out, new], 1), new[:, -1:]
+        k = min(k + 2, 16) if accepted == k else max(accepted, 1)
+        out = torch.cat([out, new], 1)
+        new = new[:, -1:].clone(memory_format=torch.contiguous_format)  # other strides are compiled anew
         if end is not None and done.all():
             break
     return F.pad(out, (0, total - out.shape[1]), value=end)
 
 
-def draft(drafter, new, at, k, done, end, distribution, generator, compile):
+def draft(drafter, caches, new, at, k, done, end, distribution, generator, compile):
     """Drafts up to k tokens after the tokens `new` [B, T], the first of which has position `at`.
 
-    done [B]: rows that have ended. k is smaller if all have. distribution: logits -> probabilities. Returns
-    drafts [B, k], the distributions q [B, k, V] they are from, and logits [B, k + 1, V], one after the last.
+    drafter: (base, rewards). caches: policy -> KV cache. done [B]: rows that have ended: k is smaller if all
+    have. distribution: log-probabilities -> probabilities. Returns drafts [B, k], the distributions
+    q [B, k, V] they are from, and policy -> logits [B, k + 1, V], which go one token further.
     """
+    base, rewards = drafter
     drafts, q, logits = [], [], []
     while True:
-        logits.append(score([drafter._replace(weight=1.0)], new, at, 1, compile))
+        logits.append(score(caches, new, at, 1, compile))
         if len(drafts) == k or (end is not None and done.all()):
             break
-        q.append(distribution(logits[-1]))
+        q.append(distribution(prt.mixture(base, rewards, logits[-1].get)))
         at, new = at + new.shape[1], sample(q[-1], generator)  # [B, 1]
         drafts.append(new)
         done = done | (new[:, 0] == end)
-    B, _, V = logits[0].shape
-    return (torch.cat([new.new_empty(B, 0), *drafts], 1), torch.cat([logits[0].new_empty(B, 0, V), *q], 1),
-            torch.cat(logits, 1))
+    x = logits[0][base]  # [B, 1, V]
+    return (torch.cat([new[:, :0], *drafts], 1), torch.cat([x[:, :0], *q], 1),
+            {policy: torch.cat([step[policy] for step in logits], 1) for policy in caches})
 
 
 def accept(p, q, drafts, done, generator=None):
@@ -124,11 +120,11 @@ def compiled(base, rewards, ids, *, length, end=None, pad=None, draw=lambda log_
     afterward: on a CPU their weights are constants of the graph.
     """
     B, T = ids.shape
-    terms = open_terms(base, rewards, B, T + length, pad, compile=True)
+    caches = open_caches(base, rewards, B, T + length, pad, compile=True)
     out, new, done = ids, ids, torch.zeros(B, dtype=torch.bool, device=ids.device)
     for step in range(length):
-        scores = score(terms, new, out.shape[1] - new.shape[1], 1, compile=True)
-        new, done = fill_after_end(draw(scores), done, end)
+        logits = score(caches, new, out.shape[1] - new.shape[1], 1, compile=True)
+        new, done = fill_after_end(draw(prt.mixture(base, rewards, logits.get)), done, end)
         out = torch.cat([out, new], 1)
         if end is not None and step % 8 == 7 and done.all():  # synchronizes the device: every 8th step only
             break
@@ -147,60 +143,57 @@ def fill_after_end(new, done, end):
     return new, done | ended.any(1)
 
 
-def score(terms, tokens, at, n, compile):
-    """Returns the mixture's scores after each of the last n of the tokens [B, T], float32 [B, n, V].
+def score(caches, tokens, at, n, compile):
+    """Returns policy -> logits after each of the last n of the tokens [B, T], [B, n, V].
 
-    at: the position of the first token. Cache entries from there on (of dropped drafts) are overwritten.
+    caches: policy -> KV cache. at: the position of the first token. Cache entries from there on (of dropped
+    drafts) are overwritten.
     """
-    for term in terms:
-        term.cache.at = at
+    for cache in caches.values():
+        cache.at = at
     if not compile or at == 0:  # the prompt is scored once, and compiling would take longer
-        return mixture_scores(terms, tokens, n)
-    torch.compiler.cudagraph_mark_step_begin()  # the scores of the last call are no longer needed
-    step = compiled_scores(tokens.device.type)
-    return step(terms, tokens, n, torch.full((1,), at, device=tokens.device))
+        return dict(zip(caches, last_logits(list(caches.items()), tokens, n)))
+    torch.compiler.cudagraph_mark_step_begin()
+    step = compiled_logits(tokens.device.type)
+    at = torch.full((1,), at, device=tokens.device)
+    # A CUDA graph overwrites its outputs in the next step, and drafting needs them after that.
+    return {policy: x.clone() for policy, x in zip(caches, step(list(caches.items()), tokens, n, at))}
 
 
-def mixture_scores(terms, tokens, n, at=None):
-    """Returns the mixture's unnormalized log-probabilities after each of the last n tokens, [B, n, V].
+def last_logits(policies, tokens, n, at=None):
+    """Returns the list of logits [B, n, V] after each of the last n tokens for a list of (policy, cache).
 
     at: None, or the first token's position as a tensor [1], as in the `features` of models/gpt.py.
     """
-    return sum(term.weight * term.policy.head(term.policy.features(tokens, term.cache, at)[:, -n:]).float()
-               for term in terms)
+    return [policy.head(policy.features(tokens, cache, at)[:, -n:]) for policy, cache in policies]
 
 
 @functools.cache
-def compiled_scores(device_type):
-    """Returns `mixture_scores`, compiled: all models in one graph."""
-    torch._dynamo.config.recompile_limit = 64  # a graph for each set of models, mixture weights, and shape
-    torch._dynamo.config.specialize_float = True  # a mixture weight is a constant, not a tensor on the CPU
+def compiled_logits(device_type):
+    """Returns `last_logits`, compiled: all models in one graph."""
+    torch._dynamo.config.recompile_limit = 64  # a graph for each set of models and shape
     if device_type == "cuda":
-        return torch.compile(mixture_scores, mode="reduce-overhead")
+        return torch.compile(last_logits, mode="reduce-overhead")
     # On a CPU: network weights as constants, packed for the fastest of several matrix products.
-    torch._inductor.config.freezing = torch._inductor.config.max_autotune = True
-    torch._inductor.config.autotune_num_choices_displayed = 0
-    torch._inductor.config.max_autotune_report_choices_stats = False
-    return torch.compile(mixture_scores)
+    options = dict(freezing=True, max_autotune=True, autotune_num_choices_displayed=0,
+                   max_autotune_report_choices_stats=False)
+    return torch.compile(last_logits, options=options)
 
 
-def open_terms(base, rewards, batch, length, pad, compile):
-    """Returns the mixture's terms with empty caches for `length` positions, prompt included."""
-    terms = []
-    for i, (weight, policy) in enumerate([(1.0, base), *rewards]):
-        cache = static_cache(policy, i, batch, length, pad) if compile else policy.cache(batch, length, pad)
-        terms.append(Term(weight, policy, cache))
-    return terms
+def open_caches(base, rewards, batch, length, pad, compile):
+    """Returns policy -> empty KV cache for `length` positions, prompt included, for a mixture's policies."""
+    make = static_cache if compile else lambda policy, *shape: policy.cache(*shape)
+    return {policy: make(policy, batch, length, pad) for _, policy in [(1.0, base), *rewards]}
 
 
-def static_cache(policy, i, batch, length, pad):
-    """Returns a cache for compiled steps of the i-th policy, reused by calls of a similar length.
+def static_cache(policy, batch, length, pad):
+    """Returns a cache for compiled steps, reused by calls of a similar length.
 
     A CUDA graph needs fixed memory addresses. Lengths are rounded up to multiples of 128, since every length
     needs a separate graph.
     """
     length = max(length, min(math.ceil(length / 128) * 128, policy.arch["positions"]))
-    key, caches = (i, batch, length), CACHES.setdefault(policy, {})
+    key, caches = (batch, length), CACHES.setdefault(policy, {})
     if key not in caches:
         caches[key] = policy.cache(batch, length)
         for tensor in (x for pair in caches[key].kv for x in pair):
@@ -211,7 +204,10 @@ def static_cache(policy, i, batch, length, pad):
 
 
 def sampler(temperature, top_p=1.0, generator=None):
-    """Returns a `draw` for prt.generate: the most likely token at temperature 0, otherwise a sample."""
+    """Returns a `draw` for prt.generate: the most likely token at temperature 0, otherwise a sample.
+
+    generator: a torch.Generator on the device of the models, or None.
+    """
     if not temperature:
         return lambda log_probs: log_probs.argmax(-1)
     return lambda log_probs: sample(probabilities(log_probs, temperature, top_p), generator)

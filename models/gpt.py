@@ -35,9 +35,9 @@ class Context(NamedTuple):
     """The inputs that all layers share in one forward pass over T new tokens."""
 
     rope: tuple | None  # cosines and sines of the positions' angles, each [T, D/H] or [B, 1, T, D/H]
-    mask: torch.Tensor | None  # which of the keys each token attends to, bool [T, keys] or [B, 1, T, keys]
+    mask: torch.Tensor | None  # keys that each query attends to, bool [G*T, keys] or [B, 1, G*T, keys]
     slots: slice | torch.Tensor | None  # where the tokens' keys and values go in the cache
-    keys: int  # how many positions of the cache are attended to
+    keys: int | None  # how many positions of the cache are attended to
 
 
 def frequencies(rope, width):
@@ -75,7 +75,7 @@ def attention_mask(positions, keys, pad):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with a KV cache, and fewer heads for keys and values if kv_heads < heads."""
+    """Causal self-attention with a KV cache; G = heads / kv_heads heads share their keys and values."""
 
     def __init__(self, arch):
         super().__init__()
@@ -97,10 +97,16 @@ class Attention(nn.Module):
             for new, cached in zip((k, v), kv):
                 cached[:, :, context.slots] = new.to(cached.dtype)
             k, v = (cached[:, :, :context.keys].to(q.dtype) for cached in kv)  # [B, KV, keys, D/H]
-        causal = context.mask is None and x.shape[1] > 1
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=causal,
-                                           enable_gqa=self.heads != self.kv_heads)
-        return self.o_proj(x.transpose(1, 2).flatten(2))  # [B, H, T, D/H] -> [B, T, D]
+        if context.mask is None and x.shape[1] > 1:
+            if q.is_cuda and q.dtype == torch.float32:  # no fused kernel for float32 takes shared keys
+                k, v = (y.repeat_interleave(self.heads // self.kv_heads, 1) for y in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < self.heads)
+        else:
+            # No fused kernel takes a mask and shared keys: the G heads of a group become G*T queries of one.
+            q = q.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)  # [B, H, T, D/H] -> [B, KV, G*T, D/H]
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask)
+            y = y.unflatten(2, (-1, x.shape[1])).flatten(1, 2)  # [B, KV, G*T, D/H] -> [B, H, T, D/H]
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # [B, H, T, D/H] -> [B, T, D]
 
 
 class MLP(nn.Module):
@@ -188,8 +194,10 @@ class GPT(nn.Module):
             keys, whole = cache.length, False
         if not whole or pad is not None:
             mask = attention_mask(positions, keys, pad)
+            mask = torch.cat([mask] * (self.arch["heads"] // self.arch["kv_heads"]), -2)  # see Attention
         x, rope = self.embed(ids, positions if pad is None else (positions - pad[:, None]).clamp(min=0))
-        context = Context(rope, mask, slots, keys)
+        # Without a cache they are None, since a number that changes would be compiled anew.
+        context = Context(rope, mask, *(slots, keys) if cache else (None, None))
         for i, layer in enumerate(self.layers):
             inputs = x, context, cache.kv[i] if cache else None
             x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute else layer(*inputs)
@@ -211,7 +219,7 @@ class GPT(nn.Module):
     def head(self, features):
         """Maps features [..., D] to logits [..., size] of the first `size` tokens of the vocabulary."""
         matrix = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(features, matrix.weight[:self.size])
+        return F.linear(features, matrix.weight)[..., :self.size]  # autocast caches no slice of a weight
 
     def forward(self, ids, index=None, cache=None):
         """Maps token ids [B, T] to logits [B, T, V], or to features [N, D] if index is given.

@@ -1,8 +1,11 @@
 """What a run of a script needs besides the method: device, processes, batches, checkpoints, and scores."""
 import functools
 import os
+import signal
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -19,48 +22,74 @@ from models import flags
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # saved as one process would save it
 # Flags that may change when a run is resumed.
 MAY_CHANGE = {"resume", "device", "compile", "out"}
+STOP = SimpleNamespace(training=False, signal=0, time=0.0)  # whether prt.fit runs, and the signal that came
 
 
 def main(script):
     """Calls a script's main(); user errors print one line and exit with code 2, without a traceback."""
+    STOP.training, STOP.signal = False, 0
+    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         script()
     except (ValueError, OSError, ArithmeticError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_IGN if STOP.signal else handler)  # the end takes a moment
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def interrupt(number, frame):
+    """Handles SIGINT (Ctrl-C) and SIGTERM: prt.fit ends its step and saves; anything else ends at once."""
+    # torchrun passes signals on, so that a single Ctrl-C comes to its processes twice.
+    again = STOP.signal and time.monotonic() - STOP.time > (3 if dist.is_initialized() else 0)
+    if again or not STOP.training:
+        STOP.signal = number
+        sys.stderr.write(f"\nended by {signal.Signals(number).name}\n")
+        sys.exit(128 + number)
+    if not STOP.signal:
+        STOP.signal, STOP.time = number, time.monotonic()
+        try:
+            os.write(1, b"\nstopping after this step; Ctrl-C again ends at once\n")
+        except OSError:  # in `python ... | tee log`, Ctrl-C ended tee, and nothing can be printed
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open until the process ends)
+
+
+def stopping():
+    """Returns whether a signal came to any process. All of them call this at the same step, and agree."""
+    number = torch.tensor(STOP.signal)  # on the CPU, so that a GPU is not synchronized
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    if number > STOP.signal:
+        STOP.signal, STOP.time = number.item(), time.monotonic()
+    return bool(number)
 
 
 # Device and processes
 
 def setup(device=None):
     """Returns the device, enables TF32, and joins torchrun's process group, in which only rank 0 prints."""
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"--device {device}: {error}") from None
-    if device.type != "cpu" and not (device.type == "cuda" and torch.cuda.is_available()):
-        raise ValueError(f"--device {device}: unavailable; use --device cpu, or cuda with a CUDA device")
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    available = ["cuda", *cuda, "cpu"] if cuda else ["cpu"]
+    if device and device not in available:
+        raise ValueError(f"--device {device}: unavailable; there are cpu and {len(cuda)} CUDA devices")
+    device = torch.device(device or available[0])
     torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)  # for all that names no device: synchronization, memory statistics
     if "RANK" in os.environ and not dist.is_initialized():
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open until the process ends)
     return device
 
 
-def processes():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def shard(model, device):
     """Shards a model's weights over the processes with FSDP2, which gathers one block at a time."""
-    mesh = init_device_mesh(device.type, (processes(),))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for blocks in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]:
         for block in blocks:
             fully_shard(block, mesh=mesh)
@@ -70,6 +99,32 @@ def shard(model, device):
 def frozen_dtype(device):
     """Returns the dtype of frozen weights: bfloat16 on CUDA, float32 on a CPU (as fast there)."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def freeze(model, device):
+    """Returns the model without gradients, its matrices in frozen_dtype: what autocast would cast them to."""
+    for p in model.requires_grad_(False).parameters():
+        p.data = p.data.to(frozen_dtype(device)) if p.ndim > 1 else p.data
+    return model
+
+
+def chunk_size(vocab, device):
+    """Returns for how many targets prt.fit computes logits at a time: 512 on a CPU, more on CUDA.
+
+    On CUDA they may take 1/8 of the memory. A target takes 32 bytes per token of the vocabulary: 2 each for
+    the logits of policy and base in bfloat16, and 4 each for up to 7 values in float32, such as r, the tilted
+    logits, their log-softmax, and its gradient. With 80 GB and Qwen2.5's 151,936 tokens: 2,056 targets.
+    """
+    return 512 if device.type == "cpu" else torch.cuda.mem_get_info(device)[1] // 8 // (32 * vocab)
+
+
+def to_device(x, device):
+    """Returns a tensor, or a tuple of them, on the device. Copies to CUDA are pinned, so asynchronous."""
+    if isinstance(x, tuple):
+        return tuple(to_device(y, device) for y in x)
+    if x.device.type == "cpu" and device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def place(tensor, device):
@@ -90,6 +145,11 @@ def shuffled(step, n, batch, seed):
     return torch.cat([permutation(n, seed, e)[positions[epochs == e] % n] for e in epochs.unique().tolist()])
 
 
+def order(args, n):
+    """Returns the function `indices` of prt.fit that shuffles n examples as the flags say."""
+    return functools.partial(shuffled, n=n, batch=args.batch, seed=args.seed)
+
+
 @functools.lru_cache(maxsize=2)
 def permutation(n, seed, epoch):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
@@ -101,20 +161,22 @@ def fit_options(args, steps, warmup, policy, base, device, info, state):
     Shards policy and base if there is more than one process. warmup: default of --warmup, in steps. info:
     entries of the checkpoint besides weights. state: the checkpoint to restore the policy from, or None.
     """
-    if processes() > 1:
+    if dist.is_initialized() and dist.get_world_size() > 1:
         for model in filter(None, (policy, base)):
             shard(model, device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = args.lr  # prt.fit sets it too, but a state to restore has it already
+    group = dict(params=policy.parameters(), initial_lr=args.lr)  # prt.fit needs it, and saved states have it
+    optimizer = torch.optim.AdamW([group], lr=args.lr, weight_decay=args.weight_decay, fused=True)
     if state is not None:
         set_state_dict(policy, optimizer, options=FULL_STATE, model_state_dict=state["model"],
                        optim_state_dict=state["optimizer"])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # the progress bar's MiB are of this run
+    STOP.training = True
     names = "method", "beta", "alpha", "accum", "seed", "compile"
     return dict({name: getattr(args, name) for name in names}, base=base, optimizer=optimizer, steps=steps,
                 warmup=warmup if args.warmup is None else args.warmup, name=Path(args.out).stem,
-                start=state["step"] if state else 0,
-                save=lambda step: save(args, info, policy, optimizer, step, last=step == steps))
+                start=state["step"] if state else 0, stop=stopping,
+                save=lambda step: save(args, info, policy, optimizer, step, steps))
 
 
 def settings(args):
@@ -151,25 +213,41 @@ def begin(args):
     return state
 
 
-def save(args, info, policy, optimizer, step, last):
-    """Writes a checkpoint to args.out, with the optimizer's state unless it is the last of the run."""
+def save(args, info, policy, optimizer, step, steps):
+    """Writes a checkpoint to args.out, with the optimizer's state unless it is the last of the run.
+
+    Ends the program if a signal came, and steps are left.
+    """
     model_state, optimizer_state = get_state_dict(policy, optimizer, options=FULL_STATE)
-    unfinished = {} if last else dict(optimizer=optimizer_state)
+    unfinished = dict(optimizer=optimizer_state) if step < steps else {}
     if not dist.is_initialized() or dist.get_rank() == 0:
         files.save(args.out, info | dict(args=settings(args), model=model_state, step=step) | unfinished)
     if dist.is_initialized():
         dist.barrier()  # no process continues before the file exists
+    STOP.training = step < steps
+    if stopping() and step < steps:
+        print(f"{args.out} has {step} of {steps} steps; continue with the same command and --resume")
+        sys.exit(128 + STOP.signal)
 
 
-def launch(args, data, recipe, stages, train):
-    """Runs a training script: train(arguments) once, or for every stage if no flag says what to train.
+def launch(args, data, tuning, pretraining, stages, train):
+    """Runs a training script: `train` once, or for every stage if no flag says what to train.
 
-    recipe: flag -> default. data: the data set of the stages. stages: name -> recipe, whose `base` is an
-    earlier stage. A finished stage is not run again.
+    data: the data set of the stages. tuning, pretraining: recipes (flag -> default). stages: name -> recipe,
+    whose `base` is an earlier stage. A finished stage is not run again. train: called with the arguments, the
+    device, and the checkpoint to continue from, or None.
     """
+    device = setup(args.device)
+
+    def start(run):
+        state = begin(run)
+        torch.manual_seed(run.seed)
+        train(run, device, state)
+
     if args.data != data or args.method or args.base:
+        recipe = pretraining if args.method == "pretrain" else tuning
         out = f"out/{Path(args.data).name}-{args.method or 'prt'}.pt"
-        return train(flags.resolve(args, recipe | dict(out=out)))
+        return start(flags.resolve(args, recipe | dict(out=out)))
     folder = Path(args.out or f"out/{data}-{args.seed}")
     for name, stage in stages.items():
         # The recipe fixes the data, method, size, and base; all other flags apply to every stage.
@@ -180,7 +258,7 @@ def launch(args, data, recipe, stages, train):
         checkpoint = files.read(run.out) if Path(run.out).exists() else {}
         if not checkpoint or "optimizer" in checkpoint:
             run.resume = bool(checkpoint)
-            train(run)
+            start(run)
         elif checkpoint.get("args") == settings(run):
             print(f"{run.out} is finished and is not trained again")
         else:
@@ -195,7 +273,7 @@ def predict(policy, inputs, batch=256):
     """Returns a frozen policy's logits, float32 [N, L] on its device, for inputs [N, ...]."""
     device = next(policy.parameters()).device
     with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-        return torch.cat([policy(x.to(device, non_blocking=True)).float()
+        return torch.cat([policy(to_device(x, device)).float()
                           for x in tqdm(inputs.split(batch), desc="predict", disable=None, leave=False)])
 
 
@@ -210,8 +288,9 @@ def score_texts(base, rewards, batches, chunk=512):
 
     base, rewards: as in prt.mixture. batches: list of (inputs, targets [N]), as for prt.fit with a head.
     """
-    totals = []
-    for inputs, targets in tqdm(batches, desc="score", disable=None, leave=False):
+    totals, device = [], next(base.parameters()).device
+    for batch in tqdm(batches, desc="score", disable=None, leave=False):
+        inputs, targets = to_device(batch, device)
         with torch.autocast("cuda", torch.bfloat16, enabled=targets.is_cuda):
             features = {policy: policy(*inputs).split(chunk) for _, policy in [(1, base), *rewards]}
             for k, y in enumerate(targets.split(chunk)):

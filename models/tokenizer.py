@@ -11,6 +11,8 @@ from pathlib import Path
 import tiktoken
 import torch
 
+from data import files
+
 MERGES = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")  # from OpenAI's CLIP release, MIT
 WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
 CLEAN = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi",
@@ -74,7 +76,7 @@ class Tokenizer:
     def __init__(self, text, name):
         if not text:
             raise ValueError(f"{name}: no tokenizer.json (or vocab.json and merges.txt) beside its weights")
-        try:
+        with files.explain(f"{name}: tiktoken cannot reproduce its tokenizer.json", *files.DAMAGE):
             d = json.loads(text)
             model, added = d["model"], {t["content"]: t["id"] for t in d.get("added_tokens") or ()}
             pattern, self.nfc = split_pattern(d), d.get("normalizer") is not None
@@ -84,9 +86,6 @@ class Tokenizer:
             post = d.get("post_processor") or {}
             first = [p["single"][0] for p in post.get("processors", [post]) if "single" in p]
             self.begin = [special[part["SpecialToken"]["id"]] for part in first if "SpecialToken" in part]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            why = f"{type(error).__name__}: {error!s:.300}"
-            raise ValueError(f"{name}: tiktoken cannot reproduce its tokenizer.json: {why}") from None
         self.text, self.size = text, self.encoding.n_vocab
         self.hash = hashlib.sha256(repr((pattern, self.nfc, sorted(ranks.items()))).encode()).hexdigest()
 

@@ -13,7 +13,6 @@ from models.tokenizer import Tokenizer
 
 ROLES = dict(base="a base", prt="a reward", ft="a fine-tuned model")  # role or method -> name in messages
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
 
 
 def load(source, role=None, text=None, dtype=torch.float32):
@@ -60,9 +59,7 @@ def load(source, role=None, text=None, dtype=torch.float32):
             model = checkpoint_model(content, dtype) if is_checkpoint else clip_model(content, config, file)
         is_role, is_text = model.info.get("method", "base"), model.info["kind"] == "gpt"
         description = describe(is_role, is_text)
-    except OSError:
-        raise
-    except DAMAGE as error:
+    except files.DAMAGE as error:
         reason = " ".join(str(error).split()).removeprefix(f"{file}: ")[:400]
         raise ValueError(f"{file}: not a supported model or checkpoint: {reason}") from None
     needed = describe(role or is_role, is_text if text is None else text)
@@ -75,13 +72,19 @@ def describe(role, text):
     return f"{ROLES[role]} for {'text' if text else 'images'}"
 
 
-def build(model_class, tensors, info, *arguments, dtype=torch.float32):
+def build(arch, tensors, info, dtype=torch.float32):
     """Returns the model with these tensors, whose names and shapes must match; converts the dict in place.
 
-    The model is built on the meta device, so that no weight is in memory twice.
+    info: its kind is "clip" (two towers), "classifier", or "gpt". The model is built on the meta device, so
+    that no weight is in memory twice.
     """
+    kind = info["kind"]
+    (check_gpt if kind == "gpt" else check_clip)(arch, tensors)
     with torch.device("meta"):
-        model = model_class(*arguments)
+        if kind == "classifier":
+            model = Classifier(arch, image_tower(arch), tensors["head"])
+        else:
+            model = dict(clip=CLIP, gpt=GPT)[kind](arch)
     for name, x in tensors.items():
         tensors[name] = x.to(dtype) if x.is_floating_point() else x
     model.load_state_dict(tensors, assign=True)
@@ -90,16 +93,10 @@ def build(model_class, tensors, info, *arguments, dtype=torch.float32):
 
 
 def checkpoint_model(checkpoint, dtype):
-    """Returns the model in a checkpoint of this project: "clip" (two towers), "classifier", or "gpt"."""
-    arch, tensors, kind = checkpoint["arch"], checkpoint["model"], checkpoint["kind"]
+    """Returns the model in a checkpoint of this project; dtype: that of a GPT, while images need float32."""
     info = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
-    if kind == "gpt":
-        check_gpt(arch, tensors)
-        return build(GPT, tensors, info, arch, dtype=dtype)
-    check_clip(arch, tensors)
-    if kind == "clip":
-        return build(CLIP, tensors, info, arch)
-    return build(lambda: Classifier(arch, image_tower(arch), tensors["head"]), tensors, info)
+    dtype = dtype if info["kind"] == "gpt" else torch.float32
+    return build(checkpoint["arch"], checkpoint["model"], info, dtype)
 
 
 # CLIP
@@ -113,12 +110,20 @@ def clip_model(content, config, path):
     for name in ("input_resolution", "context_length", "vocab_size"):
         tensors.pop(name, None)
     tensors["logit_scale"] = tensors["logit_scale"].reshape(1)  # FSDP shards no scalars
-    check_clip(arch, tensors)
-    return build(CLIP, tensors, dict(kind="clip"), arch)
+    return build(arch, tensors, dict(kind="clip"))
+
+
+def check_sizes(arch, *keys):
+    """Raises ValueError if one of these values in arch is not a positive integer."""
+    for key in keys:
+        if type(arch[key]) is not int or arch[key] < 1:  # a bool is an int, too
+            name = GPT_KEYS.get(key, key).replace(" ", " or ")
+            raise ValueError(f"{name} is {arch[key]!r:.50}, not a positive integer")
 
 
 def check_clip(arch, tensors):
-    """Raises ValueError if arch has more layers than there are tensors, or mean or std is not 3 numbers."""
+    """Raises ValueError if arch has more layers than there are tensors, or values of the wrong type."""
+    check_sizes(arch, "image_size", "heads", "text_heads", "context", "vocab")
     torch.tensor([arch["mean"], arch["std"]]).view(2, 3)  # raises unless these are three numbers each
     layers = arch["layers"] if isinstance(arch["layers"], list) else [arch["layers"]]
     if max(*layers, arch["text_layers"]) > len(tensors):
@@ -194,12 +199,18 @@ def gpt_model(fetch, config, dtype):
         if Path(name).name != name:
             raise ValueError(f"{file.name} names {name}, which is not a file in its folder")
         tensors |= {k: x.to(dtype) for k, x in gpt_tensors(files.read(fetch(name)), arch).items()}
-    check_gpt(arch, tensors)
-    return build(GPT, tensors, dict(kind="gpt", tokenizer=tokenizer_text(fetch)), arch, dtype=dtype)
+    return build(arch, tensors, dict(kind="gpt", tokenizer=tokenizer_text(fetch)), dtype)
 
 
 def check_gpt(arch, tensors):
-    """Raises ValueError if the numbers of layers or heads in arch do not match the tensors."""
+    """Raises ValueError if arch has values of the wrong type, or layers or heads that are not in tensors."""
+    check_sizes(arch, "vocab", "width", "layers", "heads", "kv_heads", "head_width", "mlp", "positions")
+    rope, vocab, end = arch["rope"] or dict(theta=1.0), arch["vocab"], arch["end"]
+    scaling = [x for k, x in (rope.get("llama3") or {}).items() if "type" not in k]
+    if not all(type(x) in (int, float) and 0 < x < math.inf for x in (arch["eps"], rope["theta"], *scaling)):
+        raise ValueError(f"eps {arch['eps']!r:.50} or a number of RoPE is not above 0: {rope!r:.200}")
+    if end is not None and not (type(end) is int and 0 <= end < vocab):
+        raise ValueError(f"the end token is {end!r:.50}, but there are {vocab} tokens")
     if arch["layers"] > len(tensors):
         raise ValueError(f"{arch['layers']} layers in {len(tensors)} tensors")
     inner, rows = arch["heads"] * arch["head_width"], len(tensors["layers.0.self_attn.q_proj.weight"])
@@ -242,9 +253,8 @@ def gpt_tensors(tensors, arch):
     renamed = {}
     for name, x in tensors.items():
         name = name.removeprefix("transformer.").removeprefix("model.")
-        if name.endswith((".attn.bias", ".attn.masked_bias", ".inv_freq")):  # buffers of old files
-            continue
-        if name == "lm_head.weight" and arch["tied"]:
+        copy = name == "lm_head.weight" and arch["tied"]
+        if copy or name.endswith((".attn.bias", ".attn.masked_bias", ".inv_freq")):  # buffers of old files
             continue
         if arch["rope"] is None:  # GPT-2
             x = x.T.contiguous() if ".c_" in name and x.ndim == 2 else x  # stored as [inputs, outputs]

@@ -1,7 +1,7 @@
 """Speed and memory as ratios: both sides are measured in one process, in turns, and medians are compared.
 
 python tests/bench.py                                     GPT-2 and ViT-B-16, random weights
-python tests/bench.py --only speculative --reward out/small-reward.pt --base out/large.pt
+python tests/bench.py --only speculative --reward out/reward.pt --base out/large.pt --ref out/small.pt
 python tests/bench.py --only decode --text small --compile
 python tests/bench.py --image ViT-L-14 --text qwen2.5-1.5b --batch 128 --json bench.json       on a GPU
 python tests/bench.py --only decode text_forward --text qwen2.5-7b                             on a GPU
@@ -20,11 +20,15 @@ import math
 import statistics
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -33,7 +37,7 @@ import train_lm
 from data import images, text
 from models import decode as decoding
 from models import runs, weights
-from models.clip import CLIP, Classifier, image_tower, normalize
+from models.clip import CLIP, Classifier, Preprocess, image_tower
 from models.gpt import GPT
 from models.tokenizer import Tokenizer
 
@@ -192,7 +196,8 @@ def image_forward(args, device):
     arch, ratios = IMAGES[args.image], {}
     torch.manual_seed(args.seed)
     ours = CLIP(arch).eval().to(device)
-    x = normalize(torch.randint(0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8, device=device), arch)
+    x = torch.randint(0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8, device=device)
+    x = Preprocess(arch).to(device)(x)
     for name, build in (("open_clip", open_clip_tower), ("transformers", transformers_tower)):
         try:
             theirs = build(arch, ours.state_dict()).eval().to(device)
@@ -264,6 +269,42 @@ def transformers_tower(arch, tensors):
             return self.peer(pixel_values=x).image_embeds
 
     return Features()
+
+
+def image_readers(args, device):
+    """Time to read 200 photographs of 500 x 375 pixels by one thread over that by two: a folder and a tar."""
+    with tempfile.TemporaryDirectory() as name:
+        root, rng = Path(name), np.random.default_rng(args.seed)
+        for part in ("train/photo", "test"):
+            (root / part).mkdir(parents=True)
+        with tarfile.open(root / "test/0.tar", "w") as tar:
+            (root / "0.cls").write_text("0")
+            for i in range(200):
+                coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+                pixels = np.asarray(coarse.resize((500, 375), Image.BICUBIC))
+                pixels = pixels + rng.normal(0, 8, (375, 500, 1))
+                photo = root / f"train/photo/{i}.jpg"
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(photo, quality=90)
+                tar.add(photo, photo.name)
+                tar.add(root / "0.cls", f"{i}.cls")
+        for file, content in {"classnames.txt": "photo", "zeroshot_classification_templates.txt": "a {c}.",
+                              "test/nshards.txt": "1"}.items():
+            (root / file).write_text(content)
+        readers = dict(folder=lambda: images.folder(root, "train"),
+                       tar=lambda: images.webdataset(lambda file: root / file, "test"))
+
+        def run(reader, threads):
+            with mock.patch("data.images.THREADS", threads):
+                images.pack("bench", "train", 224, *reader())
+
+        ratios = {}
+        for kind, reader in readers.items():
+            one, two = alternate(device, args.repeats, functools.partial(run, reader, 1),
+                                 functools.partial(run, reader, 2))
+            print(f"{kind} of photographs: {200 / one:.0f} images/s with one thread, {200 / two:.0f} with "
+                  "two")
+            ratios[f"image_reader_{kind}_threads"] = one / two
+    return ratios
 
 
 # Text
@@ -359,7 +400,8 @@ def decode(args, device):
 def speculative(args, device):
     """Tokens a second of trained models on the reward's own test prompts, one at a time, greedily.
 
-    The base alone makes as many tokens as the answers of base + reward have.
+    The base alone makes as many tokens as the answers of base + reward have. With --ref, the reward drafts
+    alone and with its source base.
     """
     if not (args.reward and args.base):
         print("speculative decoding is not measured without trained models: --reward, --base")
@@ -390,19 +432,24 @@ def speculative(args, device):
         answers = run(base, rewards, [min(args.tokens, longest)] * len(prompts), end=end)()
         answers = [out[0, ids.shape[1]:].tolist() for ids, out in zip(prompts, answers)]
         lengths = [answer.index(end) + 1 if end in answer else len(answer) for answer in answers]
-        work = {"base alone": run(base, [], lengths), f"base + {name}": run(base, rewards, lengths),
-                f"base + {name}, speculative": run(base, rewards, lengths, fast)}
-        with mock.patch("models.decode.accept", wraps=decoding.accept) as passes:
-            outputs = [work[label]() for label in list(work)[1:]]
-        same = statistics.mean(map(torch.equal, *outputs))  # in bfloat16 rounding may decide
+        plain_label, label = f"base + {name}", f"base + {name}, speculative"
+        drafters = {label: ("speculative" if name == "prt" else "speculative_eft", None)}
+        if name == "prt" and args.ref:
+            drafters[f"{label}, reward + source"] = "speculative_source", (models["ref"], rewards)
+        work = {"base alone": run(base, [], lengths), plain_label: run(base, rewards, lengths)}
+        expected = work[plain_label]()
+        for label, (_, drafter) in drafters.items():
+            work[label] = run(base, rewards, lengths, fast, drafter=drafter)
+            with mock.patch("models.decode.accept", wraps=decoding.accept) as passes:
+                same = statistics.mean(map(torch.equal, expected, work[label]()))  # rounding may decide
+            print(f"{label}: {sum(lengths) / passes.call_count:.2f} tokens a pass of the base; "
+                  f"{same:.0%} of the answers are those of plain decoding, token by token")
         seconds = dict(zip(work, alternate(device, args.repeats, *work.values())))
         for label, taken in seconds.items():
             print(f"{label}: {sum(lengths) / taken:.1f} tokens/s")
-        print(f"{same:.0%} of the answers are those of plain decoding, token by token; "
-              f"{sum(lengths) / passes.call_count:.2f} tokens a pass of the base")
-        base_s, plain_s, fast_s = seconds.values()
-        key = "speculative" if name == "prt" else "speculative_eft"
-        ratios |= {f"{key}_vs_base": base_s / fast_s, f"{key}_vs_{name}": plain_s / fast_s}
+        for label, (key, _) in drafters.items():
+            ratios |= {f"{key}_vs_base": seconds["base alone"] / seconds[label],
+                       f"{key}_vs_{name}": seconds[plain_label] / seconds[label]}
     return ratios
 
 
@@ -444,6 +491,12 @@ def text_step(args, device):
     return dict(text_step_prt_vs_ft=reward / ft)
 
 
+def padding(data, parts):
+    """Returns the fraction of padding in [0, 1] of the micro-batches `parts` (tensors of indices)."""
+    lengths = [torch.tensor([len(data.ids[k]) for k in part.tolist()]) for part in parts]
+    return 1 - sum(int(n.sum()) for n in lengths) / sum(int(n.max()) * len(n) for n in lengths)
+
+
 def training(args, device):
     """What `fit` and its flags are worth: a step's time with one thing changed over that of a step as it is.
 
@@ -467,12 +520,12 @@ def training(args, device):
     orders = dict(grouped=text.group_by_length(shuffled, lengths, 128, 50, 0), shuffled=shuffled)
     for name, indices in orders.items():
         parts = [part for step in range(50) for part in indices(step).chunk(16)]
-        ratios[f"text_padding_{name}"] = text.padding(data, parts)
+        ratios[f"text_padding_{name}"] = padding(data, parts)
     return ratios
 
 
 PARTS = {f.__name__: f for f in (decode, speculative, text_step, text_forward, image_step, image_forward,
-                                 image_memory, training)}
+                                 image_memory, image_readers, training)}
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -482,7 +535,7 @@ if __name__ == "__main__":
     p.add_argument("--reward", help="of the part `speculative`: a trained reward on text")
     p.add_argument("--base", help="and the base to put it on")
     p.add_argument("--tuned", help="and for EFT the source fine-tuned")
-    p.add_argument("--ref", help="and the source")
+    p.add_argument("--ref", help="and the source, which drafts with the reward")
     p.add_argument("--batch", type=int, default=8, help="images in a step or a pass")
     p.add_argument("--texts", type=int, default=8, help="to train on in a step")
     p.add_argument("--length", type=int, default=64, help="of these texts")

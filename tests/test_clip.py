@@ -3,8 +3,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import error, expected, load
+from PIL import Image
 
-from models.clip import CLIP, classifier, cosine, normalize
+from data.images import resize_crop
+from models.clip import CLIP, Preprocess, classifier, cosine, resize
 from models.convnets import ModifiedResNet
 
 NAMES = ["openclip_vit", "openclip_vit_quickgelu", "openclip_rn", "openclip_bare"]
@@ -81,17 +83,128 @@ def test_pixel_mean_and_std_belong_to_the_weights():
     assert error(model(images, tokens), model((images / 255 - 0.5) / 0.25, tokens)) < 1e-5
 
 
-def test_normalize_takes_each_channel_by_its_mean_and_std():
+def preprocess(**arch):
+    return Preprocess(dict(image_size=4, mean=[0.5, 0.2, 0.0], std=[0.5, 0.1, 0.25]) | arch)
+
+
+def test_each_channel_is_normalized_by_its_mean_and_std():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
-    pixels = normalize(images, dict(mean=[0.5, 0.2, 0.0], std=[0.5, 0.1, 0.25]))
+    pixels = preprocess()(images)
     assert pixels.dtype == torch.float32 and pixels.shape == (2, 3, 4, 4)
     assert error(pixels, torch.tensor([-1.0, 0.0, 4.0]).view(3, 1, 1)) < 1e-6
 
 
-def test_normalize_leaves_floats_as_they_are():
+def test_floats_are_left_as_they_are():
     """Catches: Images that are normalized already are normalized again."""
     images = torch.randn(2, 3, 4, 4)
-    assert normalize(images, dict(mean=[0.5] * 3, std=[0.5] * 3)) is images
+    assert preprocess()(images) is images
+
+
+def test_small_images_are_resized_before_they_are_normalized():
+    """Catches: Overshoots of the filter beyond black and white stay, or values between the 256 of uint8."""
+    pixels = preprocess(image_size=28, mean=[0.0] * 3, std=[1.0] * 3)(noise(2))
+    assert pixels.dtype == torch.float32 and pixels.shape == (2, 3, 28, 28)
+    assert pixels.min() == 0 and pixels.max() == 1
+    assert error(pixels, resize(noise(2), 28) / 255) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [20, 32, 64])
+def test_a_clip_and_its_classifier_take_images_of_any_size(size):
+    """Catches: One of the two does not resize, and a position embedding of another length meets its input."""
+    model, tokens, pixels = load("openclip_vit"), expected("openclip_vit")["tokens"][:2], noise(2, size)
+    resized = resize(pixels, 32)
+    assert resized.shape == (2, 3, 32, 32)
+    assert torch.equal(model(pixels, tokens), model(resized, tokens))
+    reward = classifier(model, tokens[:, None])
+    assert torch.equal(reward(pixels), reward(resized))
+
+
+def test_images_of_the_right_size_are_not_resized():
+    """Catches: Every batch takes a pass through the filter, or a copy, for nothing."""
+    pixels = noise(2)
+    assert resize(pixels, 32) is pixels
+
+
+def noise(n, size=32):
+    generator = torch.Generator().manual_seed(size)
+    return torch.randint(0, 256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
+
+
+def photographs(n, size=32):
+    """Returns smooth random images with a little noise, some of them with areas at 0 and at 255."""
+    generator = torch.Generator().manual_seed(size)
+    smooth = F.interpolate(torch.rand(n, 3, 6, 6, generator=generator), (size, size), mode="bicubic")
+    pixels = 300 * smooth - 20 + 5 * torch.randn(smooth.shape, generator=generator)
+    return pixels.round().clamp(0, 255).to(torch.uint8)
+
+
+def by_pil(pixels, size):
+    """Returns uint8 images [B, 3, h, w] as the readers of data sets resize them."""
+    arrays = (image.permute(1, 2, 0).numpy() for image in pixels)
+    return torch.stack([resize_crop(Image.fromarray(array), size) for array in arrays])
+
+
+@pytest.mark.parametrize("size", [16, 48, 224])
+@pytest.mark.parametrize("make, mean, share", [(photographs, 0.3, 0.003), (noise, 0.35, 0.02)],
+                         ids=["photographs", "noise"])
+def test_images_are_resized_like_pil(make, mean, share, size):
+    """Catches: Another filter, or one without antialias, silently costs accuracy.
+
+    Without antialias, torch's bicubic filter has a = -0.75 and not PIL's -0.5: the mean difference is then
+    above 0.7, and of noise above 3.8, of 255. PIL rounds and clips twice, between columns and rows, too.
+    """
+    pixels = make(32)
+    out, want = resize(pixels, size), by_pil(pixels, size)
+    assert out.dtype == torch.uint8 and out.shape == want.shape == (32, 3, size, size)
+    difference = (out.float() - want.float()).abs()
+    assert difference.mean() < mean
+    assert (difference > 1).float().mean() < share
+
+
+def test_photographs_of_32_pixels_are_enlarged_like_pil():
+    """Catches: The images that a model sees drift from those that its figures were measured with."""
+    pixels = photographs(64)
+    difference = (resize(pixels, 224).float() - by_pil(pixels, 224).float()).abs()
+    assert difference.mean() < 0.2
+    assert (difference > 1).float().mean() < 0.001
+
+
+@torch.no_grad()
+def test_a_classifier_has_nearly_the_logits_of_images_that_pil_resized():
+    """Catches: Small images that are resized on the device are scored otherwise than those of a reader."""
+    torch.manual_seed(0)
+    arch = dict(embed_dim=32, quick_gelu=False, mean=[0.5] * 3, std=[0.25] * 3, image_size=224, width=64,
+                layers=2, patch=16, heads=2, text_width=32, text_layers=1, text_heads=1, context=9, vocab=64)
+    clip, pixels = CLIP(arch).eval(), photographs(16)
+    model = classifier(clip, torch.randint(0, 64, (10, 1, 9)))
+    logits, want = model(pixels), model(by_pil(pixels, 224))
+    assert error(logits, want) < 0.01 < 0.2 < want.std(0).mean()  # without antialias: 0.02 to 0.03
+
+
+def test_mean_and_std_are_not_in_the_state_dict():
+    """Catches: Older checkpoints, which lack these two keys, are refused."""
+    model = load("openclip_vit")
+    shared = classifier(model, expected("openclip_vit")["tokens"][:, None])
+    assert not [name for name in (*model.state_dict(), *shared.state_dict()) if "preprocess" in name]
+    assert set(shared.state_dict()) == {"head", *(f"visual.{k}" for k in model.visual.state_dict())}
+    assert [name for name, _ in model.named_buffers()] == ["preprocess.mean", "preprocess.std"]
+
+
+def test_mean_and_std_move_with_the_model():
+    """Catches: Images on a GPU meet a mean on the CPU."""
+    model = load("openclip_vit").to("meta")
+    assert model.preprocess.mean.is_meta and model.preprocess.std.is_meta
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mean_and_std_have_values_after_loading(name):
+    """Catches: They are lost on the meta device, where models are built before their weights come."""
+    model = load(name)
+    for key in ("mean", "std"):
+        buffer = getattr(model.preprocess, key)
+        assert buffer.device.type == "cpu" and buffer.dtype == torch.float32
+        assert error(buffer.flatten(), torch.tensor(model.arch[key])) < 1e-7
 
 
 # Logits and classifiers

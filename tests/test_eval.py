@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from conftest import (
     assert_refused,
     call,
     contents,
+    eval_script,
     jsonl,
     one_line,
     output,
@@ -35,6 +37,7 @@ from PIL import Image
 import prt
 from data import text
 from eval import COLUMNS
+from models import decode
 from models.tokenizer import Tokenizer
 
 METHODS = ["base alone", "base + reward (PRT)", "source alone", "source + reward", "source fine-tuned",
@@ -372,6 +375,77 @@ def test_speculative_decoding_gives_the_same_answers(respond):
     plain, speculative = ({path.name: path.read_text() for path in respond(*options).iterdir()}
                           for options in ([], ["--speculative"]))
     assert len(plain) == 4 and speculative == plain
+
+
+@pytest.fixture
+def drafters(monkeypatch, table):
+    """Runs eval.py with --speculative; returns the Models, and (base, rewards, drafter) of the rows."""
+    load, decoded, models = eval_script.load_models, [], []
+
+    def speculative(base, rewards, ids, *, drafter, temperature, top_p, generator, compile, **options):
+        if rewards or drafter:
+            decoded.append((base, rewards, drafter))
+        return prt.generate(base, rewards, ids, **options)
+
+    def run(*options):
+        table(*EVAL_LM, "--limit", 2, "--speculative", *options)
+        return models[0], decoded
+
+    monkeypatch.setattr(decode, "speculative", speculative)
+    monkeypatch.setattr(eval_script, "load_models", lambda *a: models.append(load(*a)) or models[-1])
+    return run
+
+
+def test_the_reward_drafts_with_its_source_for_the_base_that_it_is_added_to(in_texts, drafters):
+    """Catches: The source drafts for itself or for EFT, or with a reward of another weight."""
+    models, decoded = drafters("--tuned", TUNED, "--beta", 0.5, 1)
+    (reward,), base, ref, tuned, _ = models
+    two, one = [(2.0, reward)], [(1.0, reward)]
+    assert decoded == [(base, two, (ref, two)), (base, one, (ref, one)), (ref, one, None),
+                       (base, [(1.0, tuned), (-1.0, ref)], None)]
+
+
+def test_several_rewards_draft_together_with_their_source(in_texts, tmp_path, drafters):
+    rewards = [shutil.copy(REWARD, tmp_path / f"{n}.pt") for n in (1, 2)]
+    models, decoded = drafters("--reward", *rewards, "--beta", 1)
+    a, b = ((1.0, reward) for reward in models.rewards)
+    assert [drafter for _, _, drafter in decoded] == [
+        (models.ref, [a]), (models.ref, [b]), (models.ref, [a, b]), None]
+
+
+def test_the_reward_drafts_alone_if_its_source_is_not_found(texts, tmp_path, monkeypatch, drafters):
+    for name in ("reward", "new"):
+        shutil.copy(texts.folder / f"out/arithmetic-0/{name}.pt", tmp_path)
+    monkeypatch.chdir(tmp_path)  # where the source that the reward names is out of reach
+    models, decoded = drafters("--reward", "reward.pt", "--base", "new.pt", "--data", "arithmetic")
+    assert models.ref is None
+    assert decoded == [(models.base, [(1.0, models.rewards[0])], None)]
+
+
+@pytest.mark.parametrize("options, seconds", [
+    (["--compile"], [100, 2]), (["--compile", "--speculative"], [100, 2]), (["--speculative"], [2]),
+    ([], [2]),
+], ids=["compiled", "compiled and speculative", "speculative", "plain"])
+def test_the_time_of_the_compiler_is_not_measured(in_texts, monkeypatch, table, options, seconds):
+    """Catches: What is timed includes a compilation, or every text is generated twice without a need."""
+    now, runs, generate = [0.0], [], prt.generate
+
+    def answer(base, rewards, ids, *, length, end, pad, **rest):
+        runs.append((base, tuple(rewards), ids.shape))
+        now[0] += seconds[(len(runs) - 1) // 2 % len(seconds)] / 2  # a run has two batches
+        return generate(base, rewards, ids, length=length, end=end, pad=pad)
+
+    for module, name in ((prt, "generate"), (decode, "compiled"), (decode, "speculative")):
+        monkeypatch.setattr(module, name, answer)
+    monkeypatch.setattr(eval_script, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    rows = table(*EVAL_LM, "--limit", 5, "--batch", 3, *options)
+    assert len(runs) == 2 * len(seconds) * len(rows)
+    for i in range(0, len(runs), 2 * len(seconds)):  # all batches run before the first is timed
+        assert len({(base, rewards) for base, rewards, _ in runs[i:i + 2 * len(seconds)]}) == 1
+        assert runs[i:i + 2] == runs[i + 2 * len(seconds) - 2:i + 2 * len(seconds)]
+    for row in rows:
+        tokens = 2 * row["speed"]
+        assert tokens == round(tokens) and 5 <= tokens <= 5 * 9
 
 
 # Padded output matrices

@@ -1,10 +1,13 @@
 """Bytes in and out (data/files.py): safetensors, torch files, atomic writes, downloads, the lock."""
+import http.client
+import json
 import threading
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REFUSED
+from conftest import REFUSED, Handler
 from helpers import write_safetensors, write_trap, write_truncated
 
 from data import files
@@ -285,6 +288,173 @@ def test_without_network_a_file_may_be_put_into_the_cache_by_hand(monkeypatch, c
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{}")
     assert files.hub("org/clip", "config.json") == path
+
+
+# Downloads: who receives the token
+
+TOKEN = "Bearer hf_secret"
+
+
+@pytest.fixture
+def token(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+
+
+@pytest.mark.parametrize("target", ["{url}/moved", "/moved", "moved", "../main/moved"])
+def test_token_follows_a_redirect_within_the_hub(hub, token, target):
+    """Catches: A repository that was renamed, to which the Hub redirects, is gated in spite of the token."""
+    moved = "/org/clip/resolve/main/moved" if not target.startswith(("{", "/")) else "/moved"
+    hub.files |= {CONFIG: target.format(url=hub.url), moved: b'{"moved": 1}'}
+    assert files.hub("org/clip", "config.json").read_bytes() == b'{"moved": 1}'
+    assert hub.seen == [(CONFIG, TOKEN), (moved, TOKEN)]
+
+
+def test_token_follows_several_redirects_within_the_hub(hub, token):
+    hub.files |= {CONFIG: "/a", "/a": f"{hub.url}/b", "/b": "/c", "/c": b"{}"}
+    files.hub("org/clip", "config.json")
+    assert hub.seen == [(path, TOKEN) for path in (CONFIG, "/a", "/b", "/c")]
+
+
+def test_token_is_not_sent_to_another_name_of_the_same_machine(hub, token):
+    """Catches: Hosts are compared by their port only."""
+    elsewhere = hub.url.replace("127.0.0.1", "localhost")
+    hub.files |= {CONFIG: f"{elsewhere}/moved", "/moved": b"{}"}
+    files.hub("org/clip", "config.json")
+    assert hub.seen == [(CONFIG, TOKEN), ("/moved", None)]
+
+
+def test_token_is_not_sent_by_another_scheme(hub, token, monkeypatch):
+    """Catches: The token goes over the wire in the clear, since the host and the port are the same."""
+    monkeypatch.setattr(urllib.request.HTTPSHandler, "https_open",  # without TLS, which the server lacks
+                        lambda self, request: self.do_open(http.client.HTTPConnection, request))
+    hub.files |= {CONFIG: f"{hub.url.replace('http:', 'https:')}/moved", "/moved": b"{}"}
+    files.hub("org/clip", "config.json")
+    assert hub.seen == [(CONFIG, TOKEN), ("/moved", None)]
+
+
+@pytest.mark.parametrize("back", ["{hub}/back", "/on"], ids=["to the hub", "on the other host"])
+def test_token_never_returns_after_another_host(hub, token, back):
+    """Catches: Another host sends the request on, and the token with it, to a page of its choice."""
+    hub.files |= {CONFIG: f"{hub.store.url}/there", "/back": b"{}"}
+    hub.store.files |= {"/there": back.format(hub=hub.url), "/on": f"{hub.url}/back"}
+    files.hub("org/clip", "config.json")
+    assert hub.seen == [(CONFIG, TOKEN), ("/back", None)]
+    assert hub.store.seen and {sent for _, sent in hub.store.seen} == {None}
+
+
+@pytest.mark.parametrize("prefix", ["{hub}0", "{hub}.evil.example", "{hub}@127.0.0.1:9"])
+def test_token_is_not_sent_to_an_address_that_begins_like_the_hub(hub, token, monkeypatch, prefix):
+    """Catches: http://127.0.0.1:80800 begins with http://127.0.0.1:8080, and is another server."""
+    sent = []
+
+    def watched(self, request, *args):
+        sent.append(request.get_header("Authorization"))
+        raise OSError("not opened")
+
+    monkeypatch.setattr(urllib.request.HTTPHandler, "http_open", watched)
+    with pytest.raises(OSError):
+        files.download(prefix.format(hub=hub.url) + "/config.json", files.CACHE / "config.json")
+    assert sent == [None]
+
+
+# Downloads: what a proxy sends instead of a file
+
+PAGES = [b"<!DOCTYPE html><html>Sign in</html>", b"<html><body>Blocked</body></html>",
+         b" \n\t<HTML lang=en>Blocked", b"<!doctype HTML>\n" + b"x" * 5_000]
+
+
+def left(cache):
+    """Returns all files in the cache."""
+    return [path for path in cache.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "classnames.txt", "train/0.tar"])
+@pytest.mark.parametrize("redirected", [False, True])
+def test_a_web_page_is_not_taken_for_a_file(hub, cache, token, name, page, redirected):
+    """Catches: The page for signing in to a network is kept as the file, until somebody deletes it."""
+    url = f"/org/clip/resolve/main/{name}"
+    hub.files |= {url: "/login" if redirected else page, "/login": page}
+    with pytest.raises(OSError) as caught:
+        files.hub("org/clip", name)
+    message = str(caught.value)
+    assert not isinstance(caught.value, FileNotFoundError)
+    assert hub.url + url in message and str(cache / "hub/org/clip" / name) in message
+    assert "web page" in message and page.split()[0].decode() in message
+    assert "\n" not in message and "hf_secret" not in message
+    assert not left(cache)
+    hub.files[url] = b'{"a": 1}'
+    assert files.hub("org/clip", name).read_bytes() == b'{"a": 1}'
+
+
+@pytest.fixture
+def no_length(monkeypatch):
+    """Makes the servers send no Content-Length: nothing but the end of the connection tells the length."""
+    send = Handler.send_header
+    monkeypatch.setattr(Handler, "send_header", lambda self, key, value: (
+        None if key == "Content-Length" else send(self, key, value)))
+
+
+INDEX = json.dumps(dict(weight_map={f"layers.{i}": "model-00001-of-00002.safetensors" for i in range(900)}))
+
+
+@pytest.mark.parametrize("keep", [1, 100, len(INDEX) - 1])
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "tokenizer.json"])
+def test_cut_json_of_unknown_length_is_refused(hub, cache, token, no_length, name, keep):
+    """Catches: Half of a file is kept, since the server did not say how long it is."""
+    url = f"/org/clip/resolve/main/{name}"
+    hub.files[url] = INDEX[:keep].encode()
+    with pytest.raises(OSError, match=name) as caught:
+        files.hub("org/clip", name)
+    assert "\n" not in str(caught.value) and "hf_secret" not in str(caught.value)
+    assert not left(cache)
+    hub.files[url] = INDEX.encode()
+    assert files.hub("org/clip", name).read_text() == INDEX
+
+
+@pytest.mark.parametrize("content", [b"Access denied", b"\xff\xfe\x00", b"{'a': 1}", b"{} {}",
+                                     b"[" * 100_000], ids=lambda content: repr(content[:12]))
+def test_what_is_not_json_is_not_kept_as_json(hub, cache, content):
+    hub.files[CONFIG] = content
+    with pytest.raises(OSError, match=CONFIG):
+        files.hub("org/clip", "config.json")
+    assert not left(cache)
+
+
+@pytest.mark.parametrize("content", [b"{}", b" [1, 2]\n", b"null", b'"<html>"', "\"Grüße …\"".encode()])
+def test_json_arrives_as_it_was_sent(hub, no_length, content):
+    """Catches: Files that are in order are refused, or lose the bytes that the check has read."""
+    hub.files[CONFIG] = content
+    assert files.hub("org/clip", "config.json").read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"{not json", b"a <html> tag\n", b"<unk>\n<s>\n", bytes(300), b"<"])
+def test_other_files_are_not_read_as_json(hub, content):
+    """Catches: Class names, merges of tokens, or weights are refused since they are no JSON."""
+    hub.files["/org/clip/resolve/main/classnames.txt"] = content
+    assert files.hub("org/clip", "classnames.txt").read_bytes() == content
+
+
+@pytest.mark.parametrize("answer", [500, 403, "http://127.0.0.1:9/x", "http://[", "ftp://127.0.0.1:9/x",
+                                    "file:///etc/hostname", "/org/clip/resolve/main/config.json", b"<html>"])
+def test_no_error_quotes_the_token(hub, token, cache, capfd, answer):
+    """Catches: The message of a failed redirect shows the headers of its request."""
+    hub.files[CONFIG] = answer
+    with pytest.raises(OSError, match=CONFIG) as caught:
+        files.hub("org/clip", "config.json")
+    assert "hf_secret" not in f"{caught.value!r} {caught.value.__cause__!r}" + "".join(capfd.readouterr())
+    assert not left(cache)
+
+
+@pytest.mark.parametrize("value", ["hf_secret hf_other", "hf_secret\nX-Header: 1", "hf_secret\tx",
+                                   "hf_secret…"])
+def test_no_error_quotes_a_token_that_no_header_can_hold(hub, monkeypatch, cache, value):
+    monkeypatch.setenv("HF_TOKEN", value)
+    with pytest.raises((ValueError, OSError)) as caught:
+        files.hub("org/clip", "config.json")
+    assert "hf_secret" not in str(caught.value)
+    assert not hub.seen and not left(cache)
 
 
 # The lock

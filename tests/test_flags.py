@@ -6,11 +6,12 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, SCRIPTS, call, one_line
 
 import train_lm
 import train_vision
-from models import flags
+from models import flags, runs
 
 SLOW = {"torch", "numpy", "PIL", "tqdm", "tiktoken"}
 TRAINING = {"train_vision.py": train_vision, "train_lm.py": train_lm}
@@ -124,7 +125,9 @@ def test_help_shows_the_default_of_each_recipe_where_they_differ(script, parser)
         assert [shown[1], shown[2] or shown[1]] == values
     assert "(default: prt)" in lines["method"] and f"(default: {pretrain['size']})" in lines["size"]
     if "epochs" in tune:
-        assert f"(default: {tune['epochs']}; pretrain: " in lines["epochs"]
+        assert f"(default: {tune['epochs']})" in lines["epochs"]
+    if "chunk" in lines:
+        assert f"(default: {runs.chunk_size(512, torch.device('cpu'))} on a CPU)" in lines["chunk"]
 
 
 @pytest.mark.parametrize("script", TRAINING, indirect=True)
@@ -175,7 +178,7 @@ def test_resolving_changes_neither_the_flags_nor_the_recipe():
     (("--method", "pretrain", "--epochs", "3", "--steps", "7"), dict(steps=7))], ids=" ".join)
 def test_a_run_has_the_values_of_its_flags_and_its_recipe(monkeypatch, options, values):
     trained = []
-    monkeypatch.setattr(train_lm, "train", lambda args, device: trained.append(vars(args)))
+    monkeypatch.setattr(train_lm, "train", lambda args, device, state: trained.append(vars(args)))
     assert call("train_lm.py", "--data", "gsm8k", *options) == 0
     args, = trained
     assert {flag: args[flag] for flag in values} == values
@@ -183,7 +186,7 @@ def test_a_run_has_the_values_of_its_flags_and_its_recipe(monkeypatch, options, 
 
 def test_flags_count_for_every_stage_but_for_what_the_stages_fix(monkeypatch, tmp_path):
     trained = []
-    monkeypatch.setattr(train_lm, "train", lambda args, device: trained.append(args))
+    monkeypatch.setattr(train_lm, "train", lambda args, device, state: trained.append(args))
     assert call("train_lm.py", "--out", tmp_path, "--size", "large", "--lr", "0.5") == 0
     assert [args.size for args in trained] == ["old", "new", "large", "large", "large"]
     assert {args.lr for args in trained} == {0.5}

@@ -12,7 +12,7 @@ from helpers import error, expected, load, random_ids
 
 import prt
 from models import decode
-from models.gpt import GPT, attention_mask
+from models.gpt import GPT, Attention, attention_mask, rotate
 
 NAMES = ["gpt2", "gpt2_hub", "llama2", "llama3", "falcon3", "qwen2"]
 
@@ -156,6 +156,75 @@ def test_attention_mask_hides_padding_except_from_itself():
                                    [[[0, 1, 0, 0], [0, 0, 1, 0]]]]
 
 
+# Heads that share keys and values
+
+ARCH = dict(vocab=512, width=48, layers=2, heads=6, head_width=8, mlp=96, positions=64, eps=1e-5, end=0,
+            tied=True, rope=dict(theta=1e4), layer_norm=False, gated_mlp=True, qkv_bias=True, bias=False)
+
+
+@pytest.fixture(params=[2, 1, 6], ids=["groups of 3", "one group of 6", "no groups"])
+def grouped(request):
+    torch.manual_seed(0)
+    return GPT(ARCH | dict(kv_heads=request.param)).eval()
+
+
+def each_head_alone(pad):
+    """Returns an Attention.forward with a copy of the keys and values for each head, and a call for each."""
+    def forward(self, x, context, kv):
+        T, copies = x.shape[1], self.heads // self.kv_heads
+        q, k, v = (proj(x).unflatten(-1, (n, -1)).transpose(1, 2) for proj, n in (
+            (self.q_proj, self.heads), (self.k_proj, self.kv_heads), (self.v_proj, self.kv_heads)))
+        kv[0][:, :, context.slots], kv[1][:, :, context.slots] = rotate(k, *context.rope), v
+        q, keys = rotate(q, *context.rope), context.keys
+        k, v = (cached[:, :, :keys].repeat_interleave(copies, 1) for cached in kv)
+        mask = attention_mask(torch.arange(keys - T, keys), keys, pad)
+        y = [F.scaled_dot_product_attention(q[:, [h]], k[:, [h]], v[:, [h]], attn_mask=mask)
+             for h in range(self.heads)]
+        return self.o_proj(torch.cat(y, 1).transpose(1, 2).flatten(2))
+    return forward
+
+
+@torch.no_grad()
+def test_heads_that_share_keys_attend_as_with_copies_of_them(grouped, pad, monkeypatch):
+    """Catches: The queries of two groups are mixed up, or meet the mask of another token."""
+    def in_parts():
+        cache = grouped.cache(3, 20, pad)
+        return torch.cat([grouped(part, cache=cache) for part in random_ids(3, 20).split([7, 5, 1, 7], 1)], 1)
+
+    logits = in_parts()
+    monkeypatch.setattr(Attention, "forward", each_head_alone(pad))
+    assert error(logits, in_parts()) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("start, T", [(0, 4), (0, 1), (7, 4), (7, 1)])
+def test_heads_that_share_keys_become_queries_of_one_head(grouped, pad, monkeypatch, start, T, compiled):
+    """Catches: Under a mask torch copies the keys and values, since no fused kernel has enable_gqa, too."""
+    attend, calls, kv = F.scaled_dot_product_attention, [], grouped.arch["kv_heads"]
+
+    def see(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+        calls.append((q.shape, k.shape, attn_mask, is_causal, enable_gqa))
+        return attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa)
+
+    cache = grouped.cache(3, 20, pad)
+    for x in itertools.chain.from_iterable(cache.kv):
+        x.zero_()
+    if start:
+        grouped(random_ids(3, start), cache=cache)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", see)
+    grouped.features(random_ids(3, T), cache, torch.tensor([start]) if compiled else None)
+    assert len(calls) == grouped.arch["layers"]
+    masked = pad is not None or compiled or (start > 0 and T > 1)
+    for q, k, mask, causal, gqa in calls:
+        assert (mask is not None) == masked
+        if masked or T == 1:
+            assert q == (3, kv, 6 // kv * T, 8) and k[1] == kv and not causal and not gqa
+            assert mask is None or mask.shape[-2:] == (q[2], k[2])
+        else:
+            assert q == (3, 6, T, 8) and causal is True and gqa is (k[1] < 6)
+
+
 # Room
 
 @torch.no_grad()
@@ -249,6 +318,26 @@ def test_recompute_gives_the_same_gradients(name):
     recomputed, twice = gradients(name, recompute=True)
     assert (once, twice) == (1, 2)
     assert all(error(a, b) < 1e-6 for a, b in zip(kept, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("name, recompute", [("gpt2", False), ("qwen2", False), ("qwen2", True)])
+def test_training_is_compiled_in_one_piece_for_all_lengths(name, recompute):
+    """Catches: The graph breaks at every attention, or each length of the texts is compiled anew."""
+    model, counters = load(name), torch._dynamo.utils.counters
+    model.recompute = recompute
+    torch._dynamo.reset()
+    counters.clear()
+    network = torch.compile(model, backend="eager")
+    for T in (9, 14, 5, 30, 17, 22):
+        ids = random_ids(2, T + 1)
+        index = torch.arange(2 * T)
+        logits = model.head(network(ids[:, :-1], index))
+        assert error(logits, model(ids[:, :-1]).flatten(0, 1)) < 1e-5
+        F.cross_entropy(logits, ids[:, 1:].flatten()).backward()
+    breaks, frames = dict(counters["graph_break"]), dict(counters["frames"])
+    torch._dynamo.reset()
+    assert not breaks
+    assert frames["ok"] == frames["total"] <= 3
 
 
 @pytest.mark.parametrize("gpt2", [True, False])

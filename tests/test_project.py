@@ -131,7 +131,7 @@ FORBIDDEN = {
     "models.clip": {"prt"} | DATA,
     "models.gpt": {"prt"} | DATA,
     "models.convnets": {"prt"} | DATA,
-    "models.tokenizer": {"prt"} | DATA,
+    "models.tokenizer": {"prt"} | DATA - {"data.files"},
     "models.weights": {"prt"},
 }
 

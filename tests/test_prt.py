@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import FIXTURES
 from helpers import error, load, random_ids
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import prt
 from models import decode, runs
@@ -481,6 +482,68 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved():
     assert saved == [4]
 
 
+@pytest.mark.parametrize("last, saved", [(1, [1]), (4, [4]), (5, [4, 5]), (12, [4, 8, 12])])
+def test_a_stopped_run_saves_once_and_returns(last, saved):
+    """Catches: It goes on, saves a step twice, or leaves out the row of the step that it stops after."""
+    policy, calls, seen = new_policy(), [], {}
+
+    def stop():
+        calls.append(1)
+        return len(calls) == last
+
+    def save(step):
+        assert step not in seen
+        seen[step] = copy.deepcopy(policy)
+
+    _, history = train(policy, log_every=100, save=save, save_every=4, stop=stop)
+    assert [*seen] == [row["step"] for row in history] == saved and len(calls) == last
+    assert all(math.isfinite(row[key]) for row in history for key in ("loss", "accuracy", "norm"))
+    whole = {}
+    reference = new_policy()
+    train(reference, save=lambda step: whole.update({step: copy.deepcopy(reference)}), save_every=1)
+    assert equal(seen[last], whole[last]) and equal(policy, whole[last])
+
+
+def test_a_stopped_run_reports_the_steps_since_the_last_row():
+    """With weights that do not move, the loss of steps 3 to 5 is that of their batches; the KL is unknown."""
+    calls = []
+    _, (_, row) = train(lr=0.0, log_every=2, stop=lambda: calls.append(1) or len(calls) == 3)
+    assert row["step"] == 3
+    log_probs = prt.tilt(CACHED, new_policy()(X))[indices(2)]
+    assert abs(row["loss"] - F.nll_loss(log_probs, Y[indices(2)]).item()) < 1e-5
+    assert math.isnan(row["kl"])
+
+
+def test_a_run_without_checkpoints_stops_too():
+    _, history = train(stop=lambda: True)
+    assert [row["step"] for row in history] == [1]
+
+
+@pytest.mark.parametrize("stop", [2, 7])
+def test_a_stopped_run_resumes_bit_for_bit(stop):
+    whole, _ = train(warmup=4)
+    half, calls, saved = new_policy(), [], []
+    optimizer = torch.optim.AdamW(half.parameters(), lr=0.05, weight_decay=0.0)
+    train(half, optimizer=optimizer, warmup=4, save=saved.append, save_every=100,
+          stop=lambda: calls.append(1) or len(calls) == stop)
+    assert saved == [stop] and not equal(half, whole)
+    train(half, optimizer=optimizer, warmup=4, start=stop)
+    assert equal(half, whole)
+
+
+def test_a_loss_that_is_not_finite_is_not_saved_by_a_stop():
+    """Catches: Ctrl-C right after the loss has become nan writes nan over the last good checkpoint."""
+    saved, calls = [], []
+
+    def poisoned(i, generator):
+        calls.append(i)
+        return (X[i] * (math.nan if len(calls) > 5 else 1),), Y[i], CACHED[i]
+
+    with pytest.raises(FloatingPointError, match="step 6"):
+        train(fetch=poisoned, log_every=100, save_every=4, save=saved.append, stop=lambda: len(calls) == 6)
+    assert saved == [4] and len(calls) == 6
+
+
 def test_more_than_one_process_needs_a_sharded_policy(monkeypatch):
     """Catches: Each process trains a copy of its own, with the gradient of its own micro-batches."""
     for name, value in dict(is_initialized=True, get_rank=0, get_world_size=2).items():
@@ -512,6 +575,22 @@ def test_fit_on_cuda_synchronizes_only_where_it_logs(capsys):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in caught if "synchroniz" in str(w.message)]) < 20
+
+
+@pytest.mark.parametrize("method", ["prt", "ft"])
+def test_a_uniform_base_takes_no_memory(method):
+    """Catches: Zeros [N, L] are allocated for every chunk: for text, as much as the logits themselves."""
+    sizes = []
+
+    def loss(base_logits, r, targets, beta, alpha):
+        assert base_logits.shape == r.shape == (16, 3) and not base_logits.any()
+        sizes.append(base_logits.untyped_storage().nbytes() // base_logits.element_size())
+        return prt.label_loss(base_logits, r, targets, beta, alpha)
+
+    policy, _ = train(fetch=fetch_without_base, method=method, loss=loss)
+    assert sizes == [1] * 12
+    explicit, _ = train(fetch=lambda i, generator: ((X[i],), Y[i], torch.zeros(len(i), 3)), method=method)
+    assert close(policy, explicit)
 
 
 # What it is for
@@ -589,9 +668,9 @@ def targets_of(i, ignore=False):
     return (ids[:, :-1], index), torch.where(targets % 5 == 0, -100, targets) if ignore else targets
 
 
-def one_step(whole=False, ignore=False, **options):
+def one_step(whole=False, ignore=False, policy=None, **options):
     """Returns what one step of prt.fit reports, and the gradient of each weight in it."""
-    policy, base = load("llama3"), load("falcon3").requires_grad_(False)
+    policy, base = policy or load("llama3"), load("falcon3").requires_grad_(False)
     parameters, gradients = list(policy.parameters()), []
     optimizer = torch.optim.SGD(parameters, lr=0.0)
     optimizer.register_step_pre_hook(lambda *_: gradients.extend(p.grad.clone() for p in parameters))
@@ -628,6 +707,68 @@ def test_chunks_of_targets_change_neither_loss_nor_gradient(method, options):
         assert max(map(error, gradients, other)) < 1e-5
         assert len(gradients) == len(other)
     assert max(g.abs().max() for g in gradients) > 1e-2
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often a matrix is cast to bfloat16."""
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.pointer, self.count = matrix.data_ptr(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+            self.count += args[0].data_ptr() == self.pointer
+        return function(*args, **kwargs or {})
+
+
+@pytest.fixture
+def autocast_on_the_cpu(monkeypatch):
+    """Makes autocast for "cuda" that of a CPU, to bfloat16, where a dtype is given."""
+    autocast = torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype=None, enabled=True: autocast(
+        "cpu", torch.bfloat16, enabled=enabled or dtype is not None))
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("name", ["llama2", "qwen2"], ids=["own matrix", "tied"])
+def test_the_vocabulary_matrix_is_cast_once_per_micro_batch(autocast_on_the_cpu, name, recompute, accum):
+    """Catches: Every chunk casts the largest matrix anew, or a chunk's gradient is lost with the cast."""
+    def step(chunk):
+        policy = load(name)
+        policy.recompute = recompute
+        matrix = (policy.embed_tokens if policy.lm_head is None else policy.lm_head).weight
+        with Casts(matrix) as casts:
+            row, gradients = one_step(policy=policy, head=GPT.head, chunk=chunk, accum=accum)
+        return casts.count, row, gradients
+
+    assert (load(name).lm_head is None) == (name == "qwen2")
+    count, row, gradients = step(chunk=5)
+    once, want, whole = step(chunk=1000)
+    assert count == once == accum
+    assert row["loss"] == pytest.approx(want["loss"], rel=1e-3)
+    for a, b in zip(gradients, whole, strict=True):
+        assert error(a, b) <= 0.02 * b.abs().max()
+
+
+def test_a_cast_is_not_kept_for_the_next_step(autocast_on_the_cpu):
+    """Catches: Later steps use the matrix of the first one."""
+    policy, base = load("llama2"), load("falcon3").requires_grad_(False)
+    optimizer, logits = torch.optim.SGD(policy.parameters(), lr=10.0), []
+
+    def head(model, features):
+        out = GPT.head(model, features)
+        if model is policy:
+            matrix = policy.lm_head.weight.detach()
+            logits.append((out.detach().float(), features.detach().float() @ matrix.float().T))
+        return out
+
+    before = policy.lm_head.weight.detach().clone()
+    prt.fit(policy, lambda step: torch.arange(4), lambda i, _: (*targets_of(i), None), steps=3, base=base,
+            optimizer=optimizer, head=head, chunk=9)
+    assert error(policy.lm_head.weight, before) > 0.1
+    assert len(logits) > 6 and all(error(a, b) < 0.05 * b.abs().max() for a, b in logits)
 
 
 # Generation

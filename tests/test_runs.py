@@ -1,10 +1,19 @@
-"""models/runs.py: devices, errors, batches, checkpoints, stages, and scores; the scripts as processes."""
+"""models/runs.py: devices, errors, batches, checkpoints, stages, signals, scores; scripts as processes."""
 import argparse
+import contextlib
+import copy
+import io
+import os
 import resource
 import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import helpers
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +21,7 @@ from conftest import (
     EVAL,
     EVAL_LM,
     FIXTURES,
+    ROOT,
     TRAIN,
     TUNE_LM,
     call,
@@ -19,6 +29,7 @@ from conftest import (
     interrupt,
     one_line,
     read,
+    same,
     spawn,
     write_webdataset,
 )
@@ -26,6 +37,7 @@ from conftest import (
 import prt
 from data import files, images
 from models import runs, weights
+from models.clip import classifier
 
 # Device and processes
 
@@ -38,27 +50,141 @@ def test_setup_names_a_device_that_no_script_can_use(device):
 def test_setup_takes_a_cpu_and_without_cuda_it_is_the_default():
     assert runs.setup("cpu") == torch.device("cpu")
     assert runs.setup().type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert runs.processes() == 1 and not dist.is_initialized()
+    assert not dist.is_initialized()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("command", [TRAIN, EVAL], ids=["train", "eval"])
 def test_cuda_is_refused_where_there_is_none(paths, capfd, command):
     code = call(*command.format(**paths).split(), "--device", "cuda")
-    one_line(code, capfd.readouterr().err, "cuda", "--device cpu")
+    one_line(code, capfd.readouterr().err, "--device cuda: unavailable", "there are cpu and 0 CUDA devices")
     assert not contents(paths["out"])
 
 
-def test_setup_joins_the_processes_of_torchrun_and_main_leaves_them(monkeypatch):
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def test_setup_joins_the_processes_of_torchrun_and_main_leaves_them(monkeypatch):
     for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1",
-                            MASTER_PORT=port).items():
+                            MASTER_PORT=free_port()).items():
         monkeypatch.setenv(name, str(value))
     seen = []
-    runs.main(lambda: seen.append((runs.setup("cpu"), dist.is_initialized(), runs.processes())))
+    runs.main(lambda: seen.append((runs.setup("cpu"), dist.is_initialized(), dist.get_world_size())))
     assert seen == [(torch.device("cpu"), True, 1)] and not dist.is_initialized()
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Pretends that there are two GPUs; a list of the devices that are made the current one."""
+    current = []
+    for name, value in dict(is_available=lambda: True, device_count=lambda: 2,
+                            set_device=current.append).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return current
+
+
+@pytest.mark.parametrize("device, index", [(None, 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
+def test_setup_makes_the_gpu_that_it_returns_the_current_one(two_gpus, device, index):
+    """Catches: Synchronization and memory statistics, which name no device, are those of another GPU."""
+    assert runs.setup(device) == torch.device("cuda", index)
+    assert two_gpus == [torch.device("cuda", index)]
+
+
+@pytest.mark.parametrize("device", ["cuda:2", "cuda:7"])
+def test_setup_refuses_a_gpu_that_does_not_exist(two_gpus, device):
+    with pytest.raises(ValueError, match=f"^--device {device}: unavailable; .* 2 CUDA devices$"):
+        runs.setup(device)
+    assert two_gpus == []
+
+
+def test_setup_makes_no_gpu_current_for_a_run_on_the_cpu(two_gpus):
+    assert runs.setup("cpu") == torch.device("cpu") and two_gpus == []
+
+
+@pytest.mark.parametrize("device, backend", [(None, "cpu:gloo,cuda:nccl"), ("cuda:0", "cpu:gloo,cuda:nccl"),
+                                             ("cpu", "gloo")])
+def test_each_process_of_torchrun_has_its_own_gpu(two_gpus, monkeypatch, device, backend):
+    """Catches: All processes share one GPU, or tensors on the CPU cannot be sent beside those on GPUs."""
+    begun = []
+    monkeypatch.setattr(dist, "init_process_group", begun.append)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    for name, value in dict(RANK="3", LOCAL_RANK="1").items():
+        monkeypatch.setenv(name, value)
+    want = torch.device("cpu") if device == "cpu" else torch.device("cuda", 1)
+    assert runs.setup(device) == want and begun == [backend]
+    assert two_gpus == [] if device == "cpu" else [want]
+
+
+# Weights and batches on a device
+
+CUDA = torch.device("cuda", 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["openclip_vit", "openclip_vit_quickgelu", "openclip_rn"])
+def test_a_frozen_classifier_has_the_logits_of_the_trained_one_bit_for_bit(name):
+    """Catches: A vector, a statistic, or the head is rounded, which autocast leaves in float32."""
+    model = classifier(helpers.load(name), helpers.expected(name)["tokens"][:, None])
+    size = model.arch["image_size"]
+    x = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=torch.manual_seed(0))
+    frozen = runs.freeze(copy.deepcopy(model), CUDA)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(frozen(x), model(x))
+    assert not torch.equal(model(x), model(x.flip(0)))
+    for (name, p), q in zip(frozen.named_parameters(), model.parameters(), strict=True):
+        assert p.dtype == (torch.bfloat16 if p.ndim > 1 else torch.float32), name
+        assert not p.requires_grad and q.requires_grad and q.dtype == torch.float32
+    for b, c in zip(frozen.buffers(), model.buffers(), strict=True):
+        assert b.dtype == c.dtype and torch.equal(b, c)
+
+
+def test_on_a_cpu_frozen_weights_stay_as_they_are():
+    model = helpers.load("openclip_vit")
+    frozen = runs.freeze(copy.deepcopy(model), torch.device("cpu"))
+    assert all(torch.equal(p, q) and p.dtype == torch.float32
+               for p, q in zip(frozen.parameters(), model.parameters(), strict=True))
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_the_chunk_size_is_that_of_the_docstring(monkeypatch):
+    """Free memory does not matter, so that a run does not depend on its neighbors."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 80 * 10**9))
+    assert runs.chunk_size(151_936, CUDA) == 2056 and "2,056 targets" in runs.chunk_size.__doc__
+    assert runs.chunk_size(151_936, torch.device("cpu")) == 512
+
+
+class FakeTensor:
+    """A tensor on a device that there may not be; it keeps the calls of its methods."""
+
+    def __init__(self, device):
+        self.device, self.calls = torch.device(device), []
+
+    def pin_memory(self):
+        self.calls.append("pin_memory")
+        return self
+
+    def to(self, device, non_blocking):
+        self.calls.append((device, non_blocking))
+        return self
+
+
+@pytest.mark.parametrize("start, end, pinned", [("cpu", "cuda:0", True), ("cpu", "cpu", False),
+                                                ("cuda:0", "cuda:0", False), ("cuda:0", "cpu", False)])
+def test_only_a_copy_from_the_cpu_to_a_gpu_is_pinned(start, end, pinned):
+    """Catches: Without pinned memory, a copy blocks; a tensor on a GPU cannot be pinned."""
+    x, end = FakeTensor(start), torch.device(end)
+    assert runs.to_device(x, end) is x
+    assert x.calls == ["pin_memory"] * pinned + [(end, True)]
+
+
+def test_tuples_of_tensors_go_to_a_device_as_they_are_nested():
+    x, y, z = (torch.arange(n) for n in (1, 2, 3))
+    (a, b), c = runs.to_device(((x, y), z), torch.device("meta"))
+    assert [t.shape for t in (a, b, c)] == [(1,), (2,), (3,)]
+    assert {t.device.type for t in (a, b, c)} == {"meta"}
 
 
 # Errors
@@ -105,21 +231,21 @@ def arguments(path, **changes):
     return argparse.Namespace(**values | changes)
 
 
-def save(args, step, last):
+def save(args, step, steps):
     """Saves a small network after a step of training; returns its weights."""
     torch.manual_seed(step)
     policy = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
     policy(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    runs.save(args, dict(kind="linear"), policy, optimizer, step, last)
+    runs.save(args, dict(kind="linear"), policy, optimizer, step, steps)
     return policy.state_dict()
 
 
 @pytest.mark.parametrize("last", [False, True])
 def test_a_checkpoint_has_the_optimizer_unless_it_is_the_last(tmp_path, last):
     args = arguments(tmp_path / "x.pt")
-    model = save(args, 7, last)
+    model = save(args, 7, 7 if last else 8)
     checkpoint = read(args.out)
     assert checkpoint.keys() == {"kind", "args", "model", "step"} | (set() if last else {"optimizer"})
     assert checkpoint["kind"] == "linear" and checkpoint["step"] == 7
@@ -144,7 +270,7 @@ def test_accum_counts_in_pretraining_which_contrasts_a_micro_batch(tmp_path):
 def test_a_new_run_makes_its_folder_and_overwrites_nothing(tmp_path):
     args = arguments(tmp_path / "a/b/x.pt")
     assert runs.begin(args) is None and (tmp_path / "a/b").is_dir()
-    save(args, 1, last=False)
+    save(args, 1, 2)
     before = contents(tmp_path)
     with pytest.raises(FileExistsError, match=r"x\.pt exists: continue it with --resume, or .* --out"):
         runs.begin(args)
@@ -153,7 +279,7 @@ def test_a_new_run_makes_its_folder_and_overwrites_nothing(tmp_path):
 
 @pytest.mark.parametrize("changes", [dict(), dict(accum=2), dict(device="cpu", compile=True)], ids=str)
 def test_an_unfinished_run_is_continued_with_its_arguments(tmp_path, changes):
-    model = save(arguments(tmp_path / "x.pt"), 3, last=False)
+    model = save(arguments(tmp_path / "x.pt"), 3, 4)
     state = runs.begin(arguments(tmp_path / "x.pt", resume=True, **changes))
     assert state["step"] == 3 and torch.equal(state["model"]["weight"], model["weight"])
 
@@ -163,7 +289,7 @@ def test_an_unfinished_run_is_continued_with_its_arguments(tmp_path, changes):
     ("prt", dict(weight_decay=1.0), r"--weight-decay 0\.0, not 1\.0"),
     ("pretrain", dict(accum=2), "--accum 1, not 2")])
 def test_a_run_does_not_resume_with_other_arguments(tmp_path, method, changes, message):
-    save(arguments(tmp_path / "x.pt", method=method), 3, last=False)
+    save(arguments(tmp_path / "x.pt", method=method), 3, 4)
     with pytest.raises(ValueError, match=rf"--resume: .*x\.pt was .* with {message}"):
         runs.begin(arguments(tmp_path / "x.pt", resume=True, **dict(method=method) | changes))
 
@@ -172,7 +298,7 @@ def test_only_an_unfinished_run_resumes(tmp_path):
     args = arguments(tmp_path / "x.pt", resume=True)
     with pytest.raises(FileNotFoundError, match=r"--resume: there is no .*x\.pt"):
         runs.begin(args)
-    save(args, 4, last=True)
+    save(args, 4, 4)
     with pytest.raises(ValueError, match=r"--resume: .*x\.pt is not an unfinished run .*step: 4"):
         runs.begin(args)
 
@@ -187,20 +313,25 @@ STAGES = dict(old=dict(method="pretrain", size="tiny", lr=0.5), new=dict(method=
 def launch(tmp_path):
     """Launches the stages, each of which only writes its file; returns the arguments of each run.
 
-    unfinished: the stages whose files are those of an unfinished run.
+    unfinished: the stages whose files are those of an unfinished run. signaled: the stage in which SIGINT
+    comes before its file is written.
     """
-    def launch_stages(unfinished=(), **given):
+    def launch_stages(unfinished=(), signaled=None, **given):
         trained = []
 
-        def train(args):
+        def train(args, device, state):
+            assert device == runs.setup(None) and bool(state) == args.resume
+            assert torch.initial_seed() == args.seed
+            if Path(args.out).stem == signaled:
+                os.kill(os.getpid(), signal.SIGINT)
             trained.append(args)
             optimizer = dict(optimizer={}) if Path(args.out).stem in unfinished else {}
             files.save(args.out, dict(args=runs.settings(args)) | optimizer)
 
-        values = dict(data="shapes", method=None, base=None, lr=None, size=None, seed=0, resume=False,
-                      out=str(tmp_path / "out")) | given
-        recipe = dict(method="prt", base="hub", lr=0.1)
-        runs.launch(argparse.Namespace(**values), "shapes", recipe, STAGES, train)
+        values = dict(data="shapes", method=None, base=None, lr=None, size=None, seed=5, resume=False,
+                      device=None, out=str(tmp_path / "out")) | given
+        tuning, pretraining = dict(method="prt", base="hub", lr=0.1), dict(lr=0.2)
+        runs.launch(argparse.Namespace(**values), "shapes", tuning, pretraining, STAGES, train)
         return trained
     return launch_stages
 
@@ -212,6 +343,12 @@ def test_each_stage_is_a_run_on_the_models_of_earlier_ones(launch, tmp_path, cap
     assert [(args.method, args.size, args.lr, args.resume) for args in trained] == [
         ("pretrain", "tiny", 0.5, False), ("pretrain", None, 0.4, False), ("prt", None, 0.3, False)]
     assert capsys.readouterr().out == f"\npython eval.py --run {tmp_path}/out\n"
+
+
+@pytest.mark.parametrize("method, lr", [("prt", 0.1), ("ft", 0.1), ("pretrain", 0.2)])
+def test_a_run_alone_has_the_recipe_of_its_method(launch, tmp_path, method, lr):
+    args, = launch(method=method, out=str(tmp_path / "x.pt"))
+    assert args.lr == lr
 
 
 def test_a_finished_stage_is_kept_and_an_unfinished_one_resumed(launch, tmp_path, capsys):
@@ -237,6 +374,301 @@ def test_a_flag_that_says_what_to_train_makes_it_one_run(launch, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     args, = launch(**dict(out=None) | given)
     assert args.out == out and args.lr == 0.1 and args.base == given.get("base", "hub")
+
+
+# Signals
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+MESSAGE = "\nstopping after this step; Ctrl-C again ends at once\n"
+# Runs a script that reports every call of `fetch`, and waits in it.
+SLOW = f"""
+import os, runpy, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import prt
+seconds, fit, rank = float(sys.argv[1]), prt.fit, os.environ.get("RANK", "0")
+del sys.argv[:2]
+
+def slow_fit(policy, indices, fetch, **options):
+    def slow_fetch(*args):
+        os.write(2, f"step of process {{rank}}\\n".encode())
+        time.sleep(seconds)
+        return fetch(*args)
+    return fit(policy, indices, slow_fetch, **options)
+
+prt.fit = slow_fit
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """A state of no signal; what a test leaves there is gone after it."""
+    monkeypatch.setattr(runs, "STOP", copy.deepcopy(runs.STOP))
+    vars(runs.STOP).update(training=False, signal=0, time=0.0)
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    yield runs.STOP
+    for number, handler in zip(SIGNALS, handlers):
+        signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def process(*command, cwd, **variables):
+    """Starts a process of python, without buffers for its output; kills it and its children at the end."""
+    variables |= dict(PRT_CACHE=cwd / "cache", OMP_NUM_THREADS=1, PYTHONUNBUFFERED=1)
+    environment = os.environ | {name: str(value) for name, value in variables.items()}
+    started = subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        yield started
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.communicate()
+
+
+def until(stream, words):
+    """Reads a process's lines up to one with these words; returns them."""
+    lines = []
+    for line in stream:
+        lines.append(line)
+        if words in line:
+            return lines
+    raise AssertionError(f"no {words!r} in {lines}")
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_in_training_saves_and_the_run_resumes_bit_for_bit(paths, texts, monkeypatch, number):
+    """Catches: A traceback, a lost or repeated step, or a checkpoint that no run continues from.
+
+    SIGINT comes to a run on text, and SIGTERM to one on images.
+    """
+    monkeypatch.chdir(texts.folder)
+    command = [TUNE_LM, TRAIN.format(**paths).split()][number == signal.SIGTERM]
+    command = (*command, "--steps", "24", "--batch", "16", "--accum", "2", "--warmup", "5", "--out")
+    half, whole = paths["out"] / "half.pt", paths["out"] / "whole.pt"
+    with process(ROOT / command[0], *command[1:], half, cwd=texts.folder) as run:
+        until(run.stdout, "half 6/24: ")
+        run.send_signal(number)
+        printed, err = run.communicate(timeout=60)
+    step = read(half)["step"]
+    assert (run.returncode, err) == (128 + number, "") and MESSAGE in printed and 6 <= step < 24
+    assert printed.splitlines()[-1] == (
+        f"{half} has {step} of 24 steps; continue with the same command and --resume")
+    assert [*contents(paths["out"])] == [half]
+    for out in (whole, half):
+        assert call(*command, out, *(["--resume"] if out == half else [])) == 0
+    assert same(whole, half) and "optimizer" not in read(half)
+
+
+def test_a_second_signal_ends_at_once(texts, tmp_path):
+    """Catches: A step that takes minutes cannot be left."""
+    with process("-c", SLOW, 60, ROOT / TUNE_LM[0], *TUNE_LM[1:], "--steps", 4, "--out", tmp_path / "x.pt",
+                 cwd=texts.folder) as run:
+        until(run.stderr, "step of process 0")
+        run.send_signal(signal.SIGINT)
+        until(run.stdout, MESSAGE.strip())
+        run.send_signal(signal.SIGINT)
+        assert run.communicate(timeout=20)[1] == "\nended by SIGINT\n" and run.returncode == 130
+    assert not contents(tmp_path)
+
+
+def test_a_signal_before_training_ends_at_once(texts, tmp_path):
+    """It comes while the data set is read from a pipe, in which nothing arrives."""
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    with process(ROOT / TUNE_LM[0], *TUNE_LM[1:], "--data", pipe, "--out", tmp_path / "x.pt",
+                 cwd=texts.folder) as run:
+        for _ in range(600):
+            with contextlib.suppress(OSError):  # no process reads yet
+                file = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+                break
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        assert run.communicate(timeout=20) == ("", "\nended by SIGINT\n") and run.returncode == 130
+        os.close(file)
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(texts, tmp_path, monkeypatch):
+    """SIGINT comes to one of them; in the resumed run, SIGTERM to torchrun. One process ends the run.
+
+    Catches: The other process waits forever, a checkpoint of one process's shards, or none.
+    """
+    monkeypatch.chdir(texts.folder)
+    (tmp_path / "slow.py").write_text(SLOW)
+    half, whole = tmp_path / "half.pt", tmp_path / "whole.pt"
+    command = (*TUNE_LM, "--steps", "24", "--warmup", "5", "--out")
+    slow = (tmp_path / "slow.py", 0.02, ROOT / command[0], *command[1:], half)
+
+    def assert_stopped(printed, err, start):
+        """Asserts that both processes have done the same steps from `start` on; returns the last one."""
+        step = read(half)["step"]
+        assert start < step < 24 and "optimizer" in read(half)
+        assert [err.count(f"step of process {rank}\n") for rank in "01"] == [step - start] * 2
+        assert printed.count(f"{half} has {step} of 24 steps; continue") == 1
+        assert "ended by" not in err and "runs.py" not in err  # torchrun prints a traceback of its own
+        assert sorted(tmp_path.iterdir()) == [half, tmp_path / "slow.py"]
+        return step
+
+    joint = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=2)
+    with (process(*slow, cwd=texts.folder, **joint, RANK=0, LOCAL_RANK=0) as first,
+          process(*slow, cwd=texts.folder, **joint, RANK=1, LOCAL_RANK=1) as second):
+        until(first.stdout, "half 6/24: ")
+        second.send_signal(signal.SIGINT)
+        printed, err = first.communicate(timeout=60)
+        other_printed, other_err = second.communicate(timeout=60)
+    step = assert_stopped(printed, err + other_err, 0)
+    assert (first.returncode, second.returncode) == (130, 130)
+    assert MESSAGE in other_printed and MESSAGE not in printed
+
+    with process("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *slow, "--resume",
+                 cwd=texts.folder) as run:
+        until(run.stdout, f"half {step // 6 * 6 + 6}/24: ")
+        run.terminate()
+        printed, err = run.communicate(timeout=60)
+    assert_stopped(printed, err, step)
+    assert run.returncode and printed.count(MESSAGE.strip()) == 2
+
+    assert call(*command, half, "--accum", 2, "--resume") == call(*command, whole, "--accum", 2) == 0
+    assert same(whole, half, atol=1e-5) and read(half)["step"] == 24
+
+
+def test_a_signal_saves_even_if_the_reader_of_the_output_is_gone(texts, tmp_path):
+    """Catches: In `python ... | tee log`, Ctrl-C ends tee, and the next line that is printed ends the run."""
+    with process(ROOT / TUNE_LM[0], *TUNE_LM[1:], "--steps", "2000", "--out", tmp_path / "x.pt",
+                 cwd=texts.folder) as run:
+        until(run.stdout, "x 50/2000: ")
+        run.stdout.close()
+        run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=60) == 130
+    assert 50 <= read(tmp_path / "x.pt")["step"] < 2000
+
+
+def test_a_signal_between_stages_keeps_what_is_finished(launch, tmp_path, capfd, stop):
+    with pytest.raises(SystemExit) as ended:
+        runs.main(lambda: launch(signaled="new"))
+    assert ended.value.code == 130 and capfd.readouterr().err == "\nended by SIGINT\n"
+    before = contents(tmp_path)
+    assert [*before] == [tmp_path / "out/old.pt"]
+    assert [Path(args.out).stem for args in launch()] == ["new", "reward"]
+    assert before.items() <= contents(tmp_path).items()
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_after_training_ends_at_once(paths, monkeypatch, capfd, stop, number):
+    """Catches: A signal waits for a step that will never come."""
+    def accuracy(*scores):
+        os.kill(os.getpid(), number)
+        raise AssertionError("not ended")
+
+    monkeypatch.setattr(runs, "accuracy", accuracy)
+    assert call(*TRAIN.format(**paths).split()) == 128 + number
+    assert capfd.readouterr().err == f"\nended by {number.name}\n"
+    assert "optimizer" not in read(paths["out"] / "x.pt") and not stop.training
+
+
+def test_main_puts_the_handlers_of_signals_back():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    seen = []
+    runs.main(lambda: seen.extend(signal.getsignal(number) for number in SIGNALS))
+    assert seen == [runs.interrupt] * 2 and [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_without_a_signal_no_run_is_stopping(stop):
+    stop.training = True
+    assert not runs.stopping()
+    runs.interrupt(signal.SIGTERM, None)
+    assert runs.stopping() and runs.stopping()
+
+
+@pytest.fixture
+def two_ranks(monkeypatch, stop):
+    """Pretends to be one of two processes in training; a list of what the other one is asked.
+
+    Entries to append: functions that return the other's value, called in turn while this process waits.
+    """
+    asked, answers = [], []
+
+    def all_reduce(number, operation):
+        asked.append(number.item())
+        assert operation == dist.ReduceOp.MAX
+        number.clamp_(min=answers.pop(0)() or 0 if answers else 0)
+
+    for name, value in dict(is_initialized=lambda: True, all_reduce=all_reduce, get_rank=lambda: 0,
+                            get_world_size=lambda: 2, barrier=lambda: None).items():
+        monkeypatch.setattr(dist, name, value)
+    monkeypatch.setattr(runs, "get_state_dict", lambda policy, optimizer, options: (
+        policy.state_dict(), optimizer.state_dict()))
+    stop.training = True
+    return SimpleNamespace(asked=asked, answers=answers)
+
+
+def test_a_signal_to_another_process_stops_this_one_too(two_ranks):
+    two_ranks.answers.append(lambda: int(signal.SIGINT))
+    assert runs.stopping()
+
+
+def test_a_signal_while_the_processes_wait_for_each_other_is_not_lost(two_ranks):
+    """Catches: It is overwritten by what the processes agreed on before, and the run goes on."""
+    two_ranks.answers.append(lambda: runs.interrupt(signal.SIGTERM, None))
+    assert not runs.stopping()
+    assert runs.stopping()
+
+
+def test_a_signal_in_a_save_ends_no_process_before_the_others_know(two_ranks, tmp_path):
+    """Catches: One process leaves after a save, and the others wait for it in their next step."""
+    assert not runs.stopping()
+    runs.interrupt(signal.SIGINT, None)
+    before = len(two_ranks.asked)
+    with contextlib.suppress(SystemExit):
+        save(arguments(tmp_path / "x.pt"), 1, 4)
+        assert runs.stopping()
+    assert two_ranks.asked[before:] == [signal.SIGINT]
+
+
+def test_a_signal_that_torchrun_passes_on_is_no_second_one(two_ranks, stop):
+    """Catches: One Ctrl-C, which the terminal and torchrun send to every process, saves nothing."""
+    for _ in range(2):
+        runs.interrupt(signal.SIGINT, None)
+    assert runs.stopping()
+    stop.time -= 60
+    with pytest.raises(SystemExit) as ended:
+        runs.interrupt(signal.SIGINT, None)
+    assert ended.value.code == 130
+
+
+def test_the_first_signal_to_a_process_that_stops_with_another_is_no_second_one(two_ranks):
+    """Catches: torchrun signals its processes in turn, and the last one ends before its part is saved."""
+    two_ranks.answers.append(lambda: int(signal.SIGTERM))
+    assert runs.stopping()
+    runs.interrupt(signal.SIGTERM, None)
+
+
+def test_a_signal_in_the_last_step_promises_no_resume(tmp_path, capsys, stop):
+    """Catches: The last line asks for --resume, which refuses a finished run."""
+    stop.training = True
+    runs.interrupt(signal.SIGINT, None)
+    with contextlib.suppress(SystemExit):
+        save(arguments(tmp_path / "x.pt"), 4, 4)
+    assert "optimizer" not in read(tmp_path / "x.pt") and "--resume" not in capsys.readouterr().out
+
+
+def test_a_signal_in_the_middle_of_a_write_keeps_its_exit_code(tmp_path, monkeypatch, capfd, stop):
+    """Catches: A full disk is reported, since torch hides the error that ends its writer."""
+    class File(io.BufferedRandom):
+        writes = 0
+
+        def write(self, data):
+            self.writes += 1
+            if self.writes == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().write(data)
+
+    monkeypatch.setattr(files, "open", lambda path, mode: File(io.FileIO(path, mode)), raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runs.main(lambda: files.save(tmp_path / "x.pt", dict(x=torch.zeros(1000))))
+    assert ended.value.code == 130 and "disk" not in capfd.readouterr().err
+    assert not contents(tmp_path)
 
 
 # Runs that end early

@@ -11,6 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
+from bench import padding
 from conftest import ROOT
 
 from data import text
@@ -474,8 +475,8 @@ def test_a_grouped_batch_has_little_padding():
     lengths = random_lengths(800)
     data = text.Tokens([torch.zeros(n, dtype=torch.long) for n in lengths], None)
     shuffled, indices = grouped(lengths, 8, 100, seed=0)
-    waste = text.padding(data, [indices(step) for step in range(100)])
-    assert waste < 0.05 < 0.3 < text.padding(data, [shuffled(step) for step in range(100)])
+    waste = padding(data, [indices(step) for step in range(100)])
+    assert waste < 0.05 < 0.3 < padding(data, [shuffled(step) for step in range(100)])
 
 
 def test_grouped_batches_are_not_in_the_order_of_their_lengths():
@@ -537,7 +538,7 @@ def test_a_batch_is_padded_on_the_right_and_lacks_the_last_tokens(chosen):
 def test_the_share_of_padding():
     """Of 2 x 5 and 2 x 2 positions, the texts of 5 and 3, and twice 2 tokens leave 2 empty."""
     data = text.Tokens([torch.zeros(n) for n in (5, 3, 2)], None)
-    assert text.padding(data, [torch.tensor([0, 1]), torch.tensor([2, 2])]) == pytest.approx(2 / 14)
+    assert padding(data, [torch.tensor([0, 1]), torch.tensor([2, 2])]) == pytest.approx(2 / 14)
 
 
 # The embedded arithmetic

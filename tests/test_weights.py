@@ -1,4 +1,5 @@
 """From files to models (models/weights.py): forms, configs, shards, the hub, checkpoints, vocabularies."""
+import contextlib
 import json
 import math
 import os
@@ -709,6 +710,166 @@ def test_clip_checkpoint_with_another_architecture_is_refused(tmp_path, change, 
     files.save(tmp_path / "clip.pt", checkpoint)
     with pytest.raises(ValueError, match=f"clip.pt.*{word}"):
         weights.load(tmp_path / "clip.pt")
+
+
+# Numbers of the wrong type
+
+WRONG = [[], {}, "x", True, None, -1, 1.5]
+NULLABLE = {"n_inner", "num_key_value_heads", "head_dim"}  # null stands for a default
+UNREAD = {"attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout", "attention_dropout",
+          "initializer_range", "bos_token_id", "pretraining_tp", "max_window_layers"}
+
+
+def numbers(config):
+    """Returns the keys of the numbers in a dict."""
+    return [k for k, v in config.items() if type(v) in (int, float)]
+
+
+@torch.no_grad()
+def run(model):
+    """Runs what a model is for, with all its numbers in use; the results must be finite."""
+    ids = random_ids(2, 9)
+    if model.info["kind"] == "gpt":
+        end = model.arch["end"]
+        outputs = [model(ids if end is None else torch.cat([ids, torch.full((2, 1), end)], 1))]
+        tokens = prt.generate(model, [], ids[:1], length=3, end=end)
+        assert tokens.shape[1] <= 12
+    else:
+        pixels = torch.full((2, 3, 20, 20), 77, dtype=torch.uint8)
+        outputs = [model(pixels, ids) if model.info["kind"] == "clip" else model(pixels)]
+    state = (*outputs, *model.parameters(), *model.buffers())
+    assert all(x.isfinite().all() for x in state if x.is_floating_point())
+
+
+def outcome(path):
+    """Returns the one-line error of loading a file, which names it, or "" for a model that runs."""
+    try:
+        model = weights.load(path)
+    except ValueError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+        return str(error)
+    run(model)
+    return ""
+
+
+def gpt_config(name):
+    return json.loads((FIXTURES / name / "config.json").read_text())
+
+
+CASES = [(name, key) for name in ("gpt2", "llama2", "qwen2") for key in numbers(gpt_config(name))
+         if key not in UNREAD | {"eos_token_id"}] + [("gpt2", "n_inner")]
+
+
+@pytest.mark.parametrize("name, key", CASES)
+def test_a_wrong_number_in_a_config_is_refused_or_harmless(tmp_path, name, key):
+    """Catches: A damaged config.json gives an error in the first forward pass, or a model that gives nan."""
+    folder, config = edited(tmp_path, name), gpt_config(name)
+    for value in WRONG:
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+        if not outcome(folder):
+            assert value is None and key in NULLABLE or value == 1.5 and "_eps" in key, value
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama2", "qwen2"])
+def test_numbers_that_are_not_read_may_be_anything(tmp_path, name):
+    """Catches: A model is refused for a value that does not matter."""
+    for i, value in enumerate(WRONG):
+        assert not outcome(edited(tmp_path / str(i), name, **dict.fromkeys(UNREAD, value)))
+
+
+@pytest.mark.parametrize("value, end", [(None, None), (0, 0), ([7, 8], 7), ([], "refused"), ({}, "refused"),
+                                        ("x", "refused"), (True, "refused"), (1.5, "refused"),
+                                        ([{}], "refused"), ([True], "refused"), ([None], None)], ids=str)
+def test_end_token_is_a_number_or_none(tmp_path, value, end):
+    """Catches: Texts are encoded with an end token that is no number."""
+    folder = edited(tmp_path, "gpt2", eos_token_id=value)
+    if end == "refused":
+        assert outcome(folder)
+    else:
+        assert weights.load(folder).arch["end"] == end
+
+
+def checkpoint_of(kind, name):
+    """Returns a checkpoint of one of the three kinds, made of a fixture."""
+    model = load(name)
+    if kind == "classifier":
+        model = classifier(model, expected(name)["tokens"][:, None])
+    extra = dict(tokenizer=TOKENIZERS["llama3"]) if kind == "gpt" else dict(method="prt", beta=0.5)
+    return dict(kind=kind, arch=model.arch, model=model.state_dict(), step=3) | extra
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "factor", "high_freq_factor", "low_freq_factor",
+                                 "original_max_position_embeddings"])
+def test_wrong_numbers_of_rope_are_refused(tmp_path, key):
+    """Catches: The angles are nan, which the first layer turns into text without sense and without error."""
+    folder, config, path = edited(tmp_path, "llama3"), gpt_config("llama3"), tmp_path / "r.pt"
+    checkpoint, accepted = checkpoint_of("gpt", "llama3"), []
+    for value in [[], {}, "x", True, None, -1]:
+        parameters = config["rope_parameters"] | {key: value}
+        (folder / "config.json").write_text(json.dumps(config | dict(rope_parameters=parameters)))
+        rope = dict(theta=parameters["rope_theta"], llama3=parameters)
+        torch.save(checkpoint | dict(arch=checkpoint["arch"] | dict(rope=rope)), path)
+        for source in (folder, path):
+            with contextlib.suppress(ValueError):
+                weights.load(source)
+                accepted.append((source.name, value))
+    assert not accepted
+
+
+KINDS = [("gpt", "llama3"), ("clip", "openclip_vit"), ("classifier", "openclip_vit")]
+
+
+@pytest.mark.parametrize("kind, name", KINDS)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_wrong_number_in_a_checkpoint_is_refused_or_harmless(tmp_path, kind, name):
+    """Catches: A damaged checkpoint gives an error in the first forward pass."""
+    checkpoint = checkpoint_of(kind, name)
+    arch, path, loaded = checkpoint["arch"], tmp_path / "r.pt", set()
+    for key in numbers(arch):
+        for value in WRONG:
+            torch.save(checkpoint | dict(arch=arch | {key: value}), path)
+            if (key, value) != ("end", -1) and not outcome(path):  # -1: see the test of end tokens
+                loaded.add(key)
+    # A classifier has no text tower, and an epsilon of 1.5 is odd but works.
+    assert loaded <= dict(gpt={"end", "eps"}, clip=set(), classifier={"text_width", "text_layers"})[kind]
+
+
+@pytest.mark.parametrize("kind, name", KINDS[1:])
+@pytest.mark.parametrize("key", ["mean", "std"])
+def test_wrong_means_of_a_checkpoint_are_refused(tmp_path, kind, name, key):
+    checkpoint, path = checkpoint_of(kind, name), tmp_path / "r.pt"
+    for value in [*WRONG, [0.5] * 2, [0.5] * 4, ["x"] * 3, [None] * 3, [[]] * 3, [[0.5]] * 3, "abc"]:
+        torch.save(checkpoint | dict(arch=checkpoint["arch"] | {key: value}), path)
+        assert outcome(path), value
+
+
+def test_wrong_depths_of_a_resnet_are_refused(tmp_path):
+    checkpoint, path = checkpoint_of("classifier", "openclip_rn"), tmp_path / "r.pt"
+    for value in [[], [1], [1, 2, 1], [1, 2, 1, 1, 1], [1, 2, 1, "x"], [1, 2, 1, None], [1, 2, 1, 1.0],
+                  [1, 2, 1, 0], [1, 2, 1, -1], [1, 2, 1, []], 5, "x", {}, None, True]:
+        torch.save(checkpoint | dict(arch=checkpoint["arch"] | dict(layers=value)), path)
+        assert outcome(path), value
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+def test_an_end_token_outside_of_the_vocabulary_is_refused_or_none(tmp_path, name):
+    """Catches: Training fails at the first text, which ends in a token without a row in the embedding."""
+    for value in (-1, 512, 10**30):
+        outcome(edited(tmp_path / str(value), name, eos_token_id=value))
+
+
+@pytest.mark.parametrize("part, key", [("vision", "head_width"), ("text", "heads"), ("preprocess", "mean"),
+                                       ("preprocess", "std")])
+def test_a_wrong_number_in_the_config_of_a_clip_is_refused_or_harmless(tmp_path, part, key):
+    folder = edited_clip(tmp_path)
+    file = folder / "open_clip_config.json"
+    for value in [*WRONG, 0, [1.0], [0.5, "x", 0.5]]:
+        config = json.loads((VIT / file.name).read_text())
+        section = "preprocess_cfg" if part == "preprocess" else f"{part}_cfg"
+        parent = config if part == "preprocess" else config["model_cfg"]
+        parent[section] = parent[section] | {key: value}
+        file.write_text(json.dumps(config))
+        outcome(folder)
 
 
 # One vocabulary
