@@ -6,6 +6,9 @@ python eval.py --reward reward.pt --base new.pt --tuned ft.pt --oracle new_ft.pt
 python eval.py --reward out/gsm8k-prt.pt --base Qwen/Qwen2.5-7B --limit 200
 python eval.py --reward reward.pt --base Qwen/Qwen2.5-7B --prompt "Where does a reward go?"
 python eval.py --reward reward.pt --base Qwen/Qwen2.5-7B --data ifeval.jsonl
+
+With --speculative the rewards draft together with their source base (--ref), or the first reward alone if
+that is not found. In the row of EFT, the model in --tuned drafts.
 """
 import codecs
 import functools
@@ -33,33 +36,35 @@ def parse():
     """Returns the command line's arguments."""
     p = flags.parser(__doc__)
     models, table, answers = (p.add_argument_group(name) for name in ("models", "table", "answers to text"))
-    models.add_argument("--run", help="folder of a default run: sets the flags below, unless they are given")
+    models.add_argument("--run", help="folder of a training run without flags: sets the next five flags")
     models.add_argument("--reward", nargs="+", help="reward checkpoints; several are added up")
     models.add_argument("--base", help="base to add the reward to: checkpoint, folder, or Hub id")
-    models.add_argument("--ref", help="source base, which the reward was trained on (default: named in it)")
+    models.add_argument("--ref", help="source base, which the reward was trained on (default: stored in it)")
     models.add_argument("--tuned", help="fine-tuned source base (--method ft): adds a row for EFT")
     models.add_argument("--oracle", help="fine-tuned new base (--method ft): adds the upper bound")
     models.add_argument("--beta", nargs="+", type=flags.positive(float),
-                        help="divides the reward, a row each (default: the beta of its training)")
-    table.add_argument("--data", help="test data, or a file of IFEval (default: from the reward's training)")
+                        help="divides the reward: smaller adds more; a row each (default: that of training)")
+    table.add_argument("--data", help="test data or IFEval's .jsonl (default: the data set of the reward)")
     table.add_argument("--limit", type=flags.positive(int), help="text: use only this many examples")
     table.add_argument("--batch", type=flags.positive(int), default=128, help="batch size (default: 128)")
     table.add_argument("--json", help="write the table to this file")
-    table.add_argument("--picture", help="images: .png with both answers (default with --run: picture.png)")
-    flags.device(table)
+    table.add_argument("--picture", help="images: .png of both answers (default with --run: RUN/picture.png)")
+    table.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     answers.add_argument("--prompt", help="prompt to answer without and with the reward, instead of a table")
     answers.add_argument("--new-tokens", type=flags.positive(int), help="per answer, at most (default: 256)")
     answers.add_argument("--temperature", type=float, default=0.0, help="0: no sampling (default: 0)")
-    answers.add_argument("--top-p", type=flags.positive(float), default=1.0, help="nucleus p (default: 1)")
+    answers.add_argument("--top-p", type=flags.positive(float), default=1.0,
+                         help="sample from the fewest tokens with this probability in total (default: 1)")
     answers.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
-    answers.add_argument("--speculative", action="store_true", help="the reward and its source draft tokens")
+    answers.add_argument("--speculative", action="store_true",
+                         help="faster: small models draft tokens, and the base checks several in one pass")
     answers.add_argument("--compile", action="store_true", help="torch.compile, with CUDA graphs on CUDA")
-    answers.add_argument("--responses", default="responses", help="folder for IFEval's (default: responses)")
+    answers.add_argument("--responses", default="responses", help="IFEval output folder (default: responses)")
     args = p.parse_args()
     if args.run:
         use_run(args)
     if not (args.reward and args.base):
-        p.error(f"needs --reward and --base, or --run with reward.pt and new.pt in it, not {args.run}")
+        p.error(f"needs --reward and --base, or reward.pt and new.pt in the folder --run ({args.run})")
     if not args.temperature >= 0:
         p.error(f"argument --temperature: {args.temperature} is below 0")
     return args
@@ -76,7 +81,7 @@ def use_run(args):
 
 
 if __name__ == "__main__":
-    parse()  # answers --help, and refuses mistyped flags, before the imports below, which take seconds
+    parse()  # prints --help and rejects mistyped flags before the imports below, which take seconds
 
 import torch
 import torch.nn.functional as F

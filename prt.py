@@ -48,7 +48,7 @@ def tilt(base_logits, r, beta=1.0):
     """Returns the log-probabilities of pi_base * exp(r / beta) / Z, float32 [..., L] (eq. 6, Algorithm 2).
 
     base_logits, r: [..., L]. Raises ValueError if L differs. Z normalizes, so that a constant added to r
-    changes nothing. In the last example r is a copy of the base, as before training: pi_base^2 / Z.
+    changes nothing. The last example is PRT before training, a copy of the base as the reward: pi_base^2 / Z.
 
     >>> base, r = torch.tensor([[0.7, 0.2, 0.1], [1.0, 4.0, 1.0]]).log()
     >>> tilt(base, r).exp()  # 0.7, 0.2 * 4, and 0.1, divided by their sum
@@ -131,7 +131,7 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
     warmup, decay: as in `schedule`. clip: maximum gradient norm. accum: micro-batches per step and process.
     start: the number of finished steps, if policy and optimizer come from a checkpoint.
     save: called with the number of finished steps, every save_every steps (default: steps // 4) and last.
-    stop: called after every step. If it returns True, `fit` saves and returns.
+    stop: called after every step. If it returns True, on all processes, `fit` saves and returns.
 
     On CUDA the forward passes run in bfloat16 autocast. The device is synchronized only to log or save.
     Returns a list of dicts, one per log step. Raises FloatingPointError if loss or norm is not finite.
@@ -142,7 +142,7 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
     optimizer = optimizer or torch.optim.AdamW(policy.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     network, base_network = (torch.compile(m) if m and compile else m for m in (policy, base))
     if head is None:
-        head, chunk = (lambda policy, logits: logits), 2**62  # all targets are one chunk
+        head, chunk = (lambda policy, logits: logits), 2**62  # above any N, so that there is one chunk
     zero = torch.zeros((), device=next(policy.parameters()).device)  # every logit of a uniform base
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=zero.is_cuda)
     # The cross-entropy of fine-tuning does not depend on the base, which then runs only for the logged KL.
@@ -174,7 +174,7 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
             # the logits of all targets are never in memory together.
             leaves = [part.detach().requires_grad_() for part in features.split(chunk)]
             base_parts = [None] * len(leaves) if base_features is None else base_features.split(chunk)
-            with torch.autocast("cuda", enabled=False):  # keeps the head's cast weights for the next chunk
+            with torch.autocast("cuda", enabled=False):  # an outer context keeps autocast's casts cached
                 for leaf, base_part, y in zip(leaves, base_parts, targets.split(chunk)):
                     with autocast:
                         logits = head(policy, leaf)

@@ -6,6 +6,10 @@ python train_lm.py --data tulu.jsonl --length 4096          your own file (data/
 python train_lm.py --data gsm8k --method ft                 fine-tuning: part of EFT, or the upper bound
 python train_lm.py --data book.txt --method pretrain        a base of your own
 torchrun --nproc_per_node=8 train_lm.py --data gsm8k --accum 2
+
+--beta is the unit of the reward, which is beta times the network's logits (the paper's lambda). It cancels
+out of the loss unless --alpha is set, the weight of the entropy of softmax(reward). Each process computes its
+part of --batch in --accum micro-batches. --chunk is by default what an eighth of a GPU's memory holds.
 """
 import contextlib
 import math
@@ -38,17 +42,18 @@ def parse():
                      "file, or a folder with train.* and test.* (default: arithmetic)")
     run.add_argument("--reward-init", help="start the reward from this model (default: --base)")
     run.add_argument("--size", choices=SIZES, help="size of the GPT to pretrain (default: new)")
-    recipe.add_argument("--epochs", type=flags.positive(float), help="instead of --steps (default: 2)")
+    recipe.add_argument("--epochs", type=flags.positive(float), help="data passes if no --steps (default: 2)")
     recipe.add_argument("--length", type=flags.positive(int),
                         help="maximum number of tokens per example (default: 1024; pretrain: 65)")
     recipe.add_argument("--drop", action="store_true", help="drop longer examples instead of truncating them")
     machine.add_argument("--recompute", action="store_true", help="less memory by activation checkpointing")
-    machine.add_argument("--chunk", type=flags.positive(int), help="targets at once (default: 512 on a CPU)")
+    machine.add_argument("--chunk", type=flags.positive(int),
+                         help="compute logits for this many targets at a time (default: 512 on a CPU)")
     return p.parse_args()
 
 
 if __name__ == "__main__":
-    parse()  # answers --help, and refuses mistyped flags, before the imports below, which take seconds
+    parse()  # prints --help and rejects mistyped flags before the imports below, which take seconds
 
 import torch
 

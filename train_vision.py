@@ -5,6 +5,10 @@ python train_vision.py --data cifar100                  the paper's recipe: ViT-
 python train_vision.py --data cifar100 --method ft      fine-tuning: part of EFT, or the upper bound
 python train_vision.py --data DIR --method pretrain     a base of your own, from captions
 torchrun --nproc_per_node=8 train_vision.py --data cifar100
+
+--beta is the unit of the reward, which is beta times the network's logits (the paper's lambda). It cancels
+out of the loss unless --alpha is set, the weight of the entropy of softmax(reward). Each process computes its
+part of --batch in --accum micro-batches.
 """
 import copy
 

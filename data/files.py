@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 CACHE = Path(os.environ.get("PRT_CACHE", "~/.cache/prt")).expanduser()  # downloads and resized images
-DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)  # of a bad file
+# What reading a damaged or foreign file can raise.
+DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
               I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
@@ -69,7 +70,7 @@ def save(path, tensors):
         raise OSError(f"{path}: could not be written; the disk may be full ({first_line(error)})") from error
 
 
-def read(path, mmap=False):
+def read(path, lazy=False):
     """Returns the dict in a .safetensors file, a file of torch.save, or a TorchScript archive.
 
     Unpickles with weights_only=True. mmap: a file of torch.save is read on first use of its tensors. Raises
@@ -82,7 +83,7 @@ def read(path, mmap=False):
             names = zipfile.ZipFile(f).namelist() if zipfile.is_zipfile(f) else []
         if any(name.endswith("/constants.pkl") for name in names):  # OpenAI's own files
             return torch.jit.load(path, map_location="cpu").state_dict()
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
         if not isinstance(content, dict):
             raise TypeError(f"it holds a {type(content).__name__}, not a dict")
         return content
@@ -110,7 +111,7 @@ def safetensors_entry(data, start, name, dtype, shape, data_offsets):
     (begin, end), count = data_offsets, math.prod(shape)
     fits = 0 <= begin <= end <= len(data) - start and count * DTYPES[dtype].itemsize == end - begin
     if min(shape, default=0) < 0 or not fits:
-        raise ValueError(f"{name}: {dtype} {shape} at bytes {begin} to {end} of {len(data) - start}")
+        raise ValueError(f"{name}: {dtype} {shape} is not bytes {begin} to {end} of {len(data) - start}")
     if not count:
         return torch.empty(shape, dtype=DTYPES[dtype])
     return torch.frombuffer(data, dtype=DTYPES[dtype], count=count, offset=start + begin).reshape(shape)
@@ -131,7 +132,8 @@ def download(url, path):
     Raises OSError that says what to do, and FileNotFoundError for status 404.
 
     A web page or damaged JSON, which a proxy may send with status 200, is refused and not kept. HF_TOKEN is
-    sent to the Hub's own scheme, host, and port only. (torch.hub.download_url_to_file cannot send a header.)
+    sent to the scheme, host, and port of the Hub only, also after redirects. (The function
+    torch.hub.download_url_to_file cannot send a header.)
     """
     if path.exists():
         return path
@@ -173,10 +175,10 @@ def download(url, path):
 
 
 class Redirect(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, to another scheme, host, or port without HF_TOKEN."""
+    """Follows redirects, and drops HF_TOKEN if they lead to another scheme, host, or port."""
 
     def redirect_request(self, request, *details):
-        """Returns the next request. A name of urllib's, which calls it."""
+        """Returns the redirected request; urllib calls this method by its name."""
         redirected = super().redirect_request(request, *details)
         if urlsplit(redirected.full_url)[:2] != urlsplit(request.full_url)[:2]:
             redirected.headers.pop("Authorization", None)

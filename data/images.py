@@ -110,8 +110,8 @@ def load(source, split, size):
         stamp = "".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in sorted(root.rglob("*")))
     digest = hashlib.sha256(f"{source}{stamp}".encode()).hexdigest()[:16]
     cache = files.CACHE / "images" / f"{Path(source).name}-{split}-{size}-{digest}-v{VERSION}.pt"
-    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # a damaged file is made again
-        return Images(**files.read(cache, mmap=True))
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # a damaged file is rebuilt
+        return Images(**files.read(cache, lazy=True))
     data = pack(source, split, size, *reader(split))
     files.save(cache, data._asdict())
     return data
@@ -131,13 +131,14 @@ def pack(source, split, size, classes, templates, samples, texts=(), keep_small=
         raise ValueError(f"{source}: its {split} split has no image of class {', '.join(empty[:5])}")
     read = functools.partial(read_image, size=size, keep_small=keep_small)
     images = torch.empty(len(samples), *read(samples[0]).shape, dtype=torch.uint8)
-    with ThreadPoolExecutor(THREADS) as pool:  # Pillow releases Python's lock while it decodes and resizes
+    with ThreadPoolExecutor(THREADS) as pool:  # Pillow releases the GIL while it decodes and resizes
         for i, x in enumerate(tqdm(pool.map(read, samples), f"{source} {split}", len(samples), disable=None)):
             if x.shape != images.shape[1:]:
                 break
             images[i] = x
         else:
             return Images(images, labels, list(classes), list(templates), list(texts))
+    # The images have several sizes: all of them are resized.
     return pack(source, split, size, classes, templates, samples, texts, keep_small=False)
 
 

@@ -92,8 +92,7 @@ def rows(path):
 
 def segments(name, row):
     """Returns the prompt template and the segments of a row. Raises ValueError that begins with name."""
-    expected = "messages, prompt and response, or question and answer"
-    with files.explain(f"{name}: not {expected}", LookupError, TypeError):
+    with files.explain(f"{name}: not messages, prompt/response, or question/answer", LookupError, TypeError):
         if "messages" in row:
             parts = []
             for message in row["messages"]:
@@ -141,7 +140,7 @@ def encode(examples, tokenizer, end, length, drop=False):
         print(f"{too_long} of {len(rows)} examples exceed {length} tokens; {dropped} are dropped")
     if not used:
         raise ValueError(f"none of {len(rows)} examples has a response that begins within --length {length}")
-    return Tokens(*map(list, zip(*used)))
+    return Tokens([ids for ids, _ in used], [counts for _, counts in used])
 
 
 def blocks(examples, tokenizer, end, length):
@@ -180,9 +179,9 @@ def collate(data, i):
     """
     rows = [(data.ids[k], data.counts[k]) for k in i.tolist()]
     inputs = pad_sequence([ids[:-1] for ids, _ in rows], batch_first=True)  # [B, T]
-    counts = pad_sequence([counts[1:] for _, counts in rows], batch_first=True)  # [B, T]: of the next tokens
+    is_target = pad_sequence([counts[1:] for _, counts in rows], batch_first=True)  # [B, T]: the next token
     targets = torch.cat([ids[1:][counts[1:]] for ids, counts in rows])
-    return (inputs, counts.flatten().nonzero().flatten()), targets
+    return (inputs, is_target.flatten().nonzero().flatten()), targets
 
 
 # The built-in data set: word problems of one step. The old base's text has half of the facts, the new base's

@@ -96,7 +96,7 @@ def image_tower(arch):
 
 
 def resize(images, size):
-    """Returns uint8 images [B, 3, h, w] as uint8 [B, 3, size, size], resized like PIL's bicubic filter."""
+    """Returns uint8 images [B, 3, h, w] as uint8 [B, 3, size, size], nearly as PIL's bicubic resize."""
     if images.shape[-2:] == (size, size):
         return images
     x = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True, align_corners=False)
@@ -109,7 +109,7 @@ class Preprocess(nn.Module):
     def __init__(self, arch):
         super().__init__()
         self.size = arch["image_size"]
-        for name in ("mean", "std"):  # device: not "meta", where models/weights.py builds models
+        for name in ("mean", "std"):  # on the CPU, even if models/weights.py builds the model on "meta"
             x = torch.tensor(arch[name], device="cpu").view(3, 1, 1)
             self.register_buffer(name, x, persistent=False)
 

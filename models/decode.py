@@ -19,68 +19,72 @@ CACHES = weakref.WeakKeyDictionary()  # policy -> {(batch, length): KV cache for
 @torch.no_grad()
 def speculative(base, rewards, ids, *, length, end=None, pad=None, temperature=0.0, top_p=1.0, generator=None,
                 drafter=None, compile=False):
-    """Does the work of prt.generate by speculative sampling (Leviathan et al. 2023; Chen et al. 2023).
+    """Returns what prt.generate does, by speculative sampling (Leviathan et al. 2023; Chen et al. 2023).
 
     drafter: the (base, rewards) of a mixture that drafts tokens, of which `accept` keeps some. Policies that
-    are in both mixtures run once. Default: the first reward alone (in EFT, the tuned model). The reward with
-    its source base is the tuned source model: it drafts better, but one more model runs.
+    are in both mixtures run once. Default: the first reward alone (in EFT, the tuned model), or the base if
+    there is no reward. The reward with its source base is the tuned source model: it drafts better, but one
+    more model runs.
 
     Other arguments as in prt.generate and `sampler`. With compile, steps run as compiled graphs, as in
     `compiled`. Best for small batches, since all rows advance by the same number of tokens. Synchronizes the
-    device after every drafted token.
+    device after every pass of the base and, if `end` is given, after every drafted token.
     """
     drafter = drafter or (rewards[0][1] if rewards else base, [])
     B, total = len(ids), ids.shape[1] + length
-    drafting = open_caches(*drafter, B, total, pad, compile)
-    checking = {policy: cache for policy, cache in open_caches(base, rewards, B, total, pad, compile).items()
-                if policy not in drafting}
+    drafting = open_caches([(1.0, drafter[0]), *drafter[1]], B, total, pad, compile)
+    others = [(weight, policy) for weight, policy in [(1.0, base), *rewards] if policy not in drafting]
+    checking = open_caches(others, B, total, pad, compile)
     distribution = functools.partial(probabilities, temperature=temperature, top_p=top_p)
     out, new = ids, ids  # new: the last tokens of `out`, which are not in the caches yet
-    done, k = torch.zeros(B, dtype=torch.bool, device=ids.device), 8  # k: how many tokens to draft
+    # k: how many tokens to draft. 8 to 16 were the fastest of several rules with good drafts, and with bad
+    # ones k soon falls (README).
+    ended, k = torch.zeros(B, dtype=torch.bool, device=ids.device), 8
     while out.shape[1] < total:
         at = out.shape[1] - new.shape[1]
         k = min(k, total - out.shape[1] - 1)
-        drafts, q, logits = draft(drafter, drafting, new, at, k, done, end, distribution, generator, compile)
+        drafts, q, logits = draft(drafter, drafting, new, at, k, ended, end, distribution, generator, compile)
         k = drafts.shape[1]
-        logits |= score(checking, torch.cat([new, drafts], 1), at, k + 1, compile)
+        logits |= next_logits(checking, torch.cat([new, drafts], 1), at, k + 1, compile)
         p = distribution(prt.mixture(base, rewards, logits.get))  # [B, k + 1, V]
-        new, done = fill_after_end(accept(p, q, drafts, done, generator), done, end)
+        new, ended = fill_after_end(accept(p, q, drafts, ended, generator), ended, end)
         accepted = new.shape[1] - 1
         k = min(k + 2, 16) if accepted == k else max(accepted, 1)
         out = torch.cat([out, new], 1)
-        new = new[:, -1:].clone(memory_format=torch.contiguous_format)  # other strides are compiled anew
-        if end is not None and done.all():
+        new = new[:, -1:].clone(memory_format=torch.contiguous_format)  # strides of a slice would recompile
+        if end is not None and ended.all():
             break
     return F.pad(out, (0, total - out.shape[1]), value=end)
 
 
-def draft(drafter, caches, new, at, k, done, end, distribution, generator, compile):
+def draft(drafter, caches, new, at, k, ended, end, distribution, generator, compile):
     """Drafts up to k tokens after the tokens `new` [B, T], the first of which has position `at`.
 
-    drafter: (base, rewards). caches: policy -> KV cache. done [B]: rows that have ended: k is smaller if all
-    have. distribution: log-probabilities -> probabilities. Returns drafts [B, k], the distributions
-    q [B, k, V] they are from, and policy -> logits [B, k + 1, V], which go one token further.
+    drafter: (base, rewards). caches: policy -> KV cache. ended [B]: rows that have ended. Drafting stops if
+    all have. distribution: log-probabilities -> probabilities. Returns drafts [B, k], the distributions
+    q [B, k, V] that they were sampled from, and policy -> logits [B, k + 1, V], with those after the last
+    draft.
     """
     base, rewards = drafter
     drafts, q, logits = [], [], []
     while True:
-        logits.append(score(caches, new, at, 1, compile))
-        if len(drafts) == k or (end is not None and done.all()):
+        logits.append(next_logits(caches, new, at, 1, compile))
+        if len(drafts) == k or (end is not None and ended.all()):
             break
         q.append(distribution(prt.mixture(base, rewards, logits[-1].get)))
         at, new = at + new.shape[1], sample(q[-1], generator)  # [B, 1]
         drafts.append(new)
-        done = done | (new[:, 0] == end)
+        ended = ended | (new[:, 0] == end)
     x = logits[0][base]  # [B, 1, V]
     return (torch.cat([new[:, :0], *drafts], 1), torch.cat([x[:, :0], *q], 1),
             {policy: torch.cat([step[policy] for step in logits], 1) for policy in caches})
 
 
-def accept(p, q, drafts, done, generator=None):
+def accept(p, q, drafts, ended, generator=None):
     """Returns n accepted drafts and one more token, [B, n + 1], distributed as p (Leviathan et al., Alg. 1).
 
     p [B, k + 1, V]: the target distributions after 0 to k drafts. q [B, k, V]: the distributions that the
-    drafts [B, k] were sampled from. done [B]: rows that have ended, whose tokens are ignored.
+    drafts [B, k] were sampled from. ended [B]: rows that have ended, whose tokens are ignored.
 
     The first rejected draft is replaced by a sample of `residual`, and the drafts after it are dropped. If
     all k are accepted, a sample of p follows. All rows are cut to the length of the shortest, so that their
@@ -89,15 +93,15 @@ def accept(p, q, drafts, done, generator=None):
     k = drafts.shape[1]
     q = torch.cat([q, torch.zeros_like(p[:, :1])], 1)  # [B, k + 1, V]: nothing is drafted after the last one
     p_y, q_y = (x[:, :k].gather(-1, drafts[..., None])[..., 0] for x in (p, q))  # [B, k]
-    kept = kept_drafts(p_y, q_y, torch.rand(drafts.shape, device=p.device, generator=generator))
-    n = int(kept.masked_fill(done, k).min())
+    accepted = accepted_drafts(p_y, q_y, torch.rand(drafts.shape, device=p.device, generator=generator))
+    n = int(accepted.masked_fill(ended, k).min())
     token = sample(residual(p[:, n], q[:, n]), generator)  # [B]
     if n < k:
-        token = torch.where(kept > n, drafts[:, n], token)
+        token = torch.where(accepted > n, drafts[:, n], token)
     return torch.cat([drafts[:, :n], token[:, None]], 1)
 
 
-def kept_drafts(p_y, q_y, u):
+def accepted_drafts(p_y, q_y, u):
     """Returns how many drafts each row accepts before the first rejected one, [B].
 
     A draft y is accepted with probability min(1, p(y) / q(y)). p_y, q_y [B, k]: p(y) and q(y) of the drafts.
@@ -120,30 +124,31 @@ def compiled(base, rewards, ids, *, length, end=None, pad=None, draw=lambda log_
     afterward: on a CPU their weights are constants of the graph.
     """
     B, T = ids.shape
-    caches = open_caches(base, rewards, B, T + length, pad, compile=True)
-    out, new, done = ids, ids, torch.zeros(B, dtype=torch.bool, device=ids.device)
+    caches = open_caches([(1.0, base), *rewards], B, T + length, pad, compile=True)
+    out, new, ended = ids, ids, torch.zeros(B, dtype=torch.bool, device=ids.device)
     for step in range(length):
-        logits = score(caches, new, out.shape[1] - new.shape[1], 1, compile=True)
-        new, done = fill_after_end(draw(prt.mixture(base, rewards, logits.get)), done, end)
+        logits = next_logits(caches, new, out.shape[1] - new.shape[1], 1, compile=True)
+        new, ended = fill_after_end(draw(prt.mixture(base, rewards, logits.get)), ended, end)
         out = torch.cat([out, new], 1)
-        if end is not None and step % 8 == 7 and done.all():  # synchronizes the device: every 8th step only
+        if end is not None and step % 8 == 7 and ended.all():  # synchronizes the device: every 8th step only
             break
     return F.pad(out, (0, T + length - out.shape[1]), value=end)
 
 
-def fill_after_end(new, done, end):
+def fill_after_end(new, ended, end):
     """Replaces the tokens after a row's first end token by `end`, in new tokens [B, n].
 
-    done, bool [B]: rows that ended before. Returns the tokens and the updated `done`.
+    ended, bool [B]: rows that ended before. Returns the tokens and the updated `ended`.
     """
     if end is None:
-        return new, done
-    ended = new == end
-    new = new.masked_fill(done[:, None] | (ended.cumsum(1) - ended.long() > 0), end)  # an end token before it
-    return new, done | ended.any(1)
+        return new, ended
+    is_end = new == end
+    # The difference counts the end tokens before each position of `new`.
+    new = new.masked_fill(ended[:, None] | (is_end.cumsum(1) - is_end.long() > 0), end)
+    return new, ended | is_end.any(1)
 
 
-def score(caches, tokens, at, n, compile):
+def next_logits(caches, tokens, at, n, compile):
     """Returns policy -> logits after each of the last n of the tokens [B, T], [B, n, V].
 
     caches: policy -> KV cache. at: the position of the first token. Cache entries from there on (of dropped
@@ -171,7 +176,7 @@ def last_logits(policies, tokens, n, at=None):
 @functools.cache
 def compiled_logits(device_type):
     """Returns `last_logits`, compiled: all models in one graph."""
-    torch._dynamo.config.recompile_limit = 64  # a graph for each set of models and shape
+    torch._dynamo.config.recompile_limit = 64  # instead of 8: a graph for each set of models and shape
     if device_type == "cuda":
         return torch.compile(last_logits, mode="reduce-overhead")
     # On a CPU: network weights as constants, packed for the fastest of several matrix products.
@@ -180,10 +185,10 @@ def compiled_logits(device_type):
     return torch.compile(last_logits, options=options)
 
 
-def open_caches(base, rewards, batch, length, pad, compile):
-    """Returns policy -> empty KV cache for `length` positions, prompt included, for a mixture's policies."""
+def open_caches(terms, batch, length, pad, compile):
+    """Returns policy -> empty KV cache for `length` positions, prompt included; terms: (weight, policy)s."""
     make = static_cache if compile else lambda policy, *shape: policy.cache(*shape)
-    return {policy: make(policy, batch, length, pad) for _, policy in [(1.0, base), *rewards]}
+    return {policy: make(policy, batch, length, pad) for _, policy in terms}
 
 
 def static_cache(policy, batch, length, pad):

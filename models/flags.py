@@ -31,19 +31,15 @@ def training(doc, tuning, pretraining, stages, warmup):
     run.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     recipe.add_argument("--steps", type=positive(int), help=f"training steps {default('steps')}")
     recipe.add_argument("--batch", type=positive(int), help=f"examples per step {default('batch')}")
-    recipe.add_argument("--accum", type=positive(int), help=f"micro-batches per process {default('accum')}")
+    recipe.add_argument("--accum", type=positive(int), help=f"gradient accumulation {default('accum')}")
     recipe.add_argument("--lr", type=positive(float), help=f"peak learning rate {default('lr')}")
     recipe.add_argument("--warmup", type=int, help=f"steps of linear warmup (default: {warmup})")
     recipe.add_argument("--weight-decay", type=float, help=f"of AdamW; paper: 0 {default('weight_decay')}")
-    recipe.add_argument("--beta", type=positive(float), default=1.0, help="the paper's lambda (default: 1)")
-    recipe.add_argument("--alpha", type=float, default=0.0, help="weight of the entropy, eq. 12 (default: 0)")
-    device(machine)
+    recipe.add_argument("--beta", type=positive(float), default=1.0, help="scale of the reward (default: 1)")
+    recipe.add_argument("--alpha", type=float, default=0.0, help="entropy bonus, eq. 12 (default: 0)")
+    machine.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     machine.add_argument("--compile", action="store_true", help="use torch.compile for the networks")
     return p, run, recipe, machine
-
-
-def device(p):
-    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
 
 
 def resolve(args, recipe, **fixed):

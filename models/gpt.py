@@ -35,7 +35,8 @@ class Context(NamedTuple):
     """The inputs that all layers share in one forward pass over T new tokens."""
 
     rope: tuple | None  # cosines and sines of the positions' angles, each [T, D/H] or [B, 1, T, D/H]
-    mask: torch.Tensor | None  # keys that each query attends to, bool [G*T, keys] or [B, 1, G*T, keys]
+    # Which keys each query attends to, bool [G*T, keys] or [B, 1, G*T, keys], with G as in Attention.
+    mask: torch.Tensor | None
     slots: slice | torch.Tensor | None  # where the tokens' keys and values go in the cache
     keys: int | None  # how many positions of the cache are attended to
 
@@ -102,7 +103,8 @@ class Attention(nn.Module):
                 k, v = (y.repeat_interleave(self.heads // self.kv_heads, 1) for y in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < self.heads)
         else:
-            # No fused kernel takes a mask and shared keys: the G heads of a group become G*T queries of one.
+            # No fused kernel takes both a mask and shared keys: the G heads that share keys become one head
+            # with G*T queries.
             q = q.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)  # [B, H, T, D/H] -> [B, KV, G*T, D/H]
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask)
             y = y.unflatten(2, (-1, x.shape[1])).flatten(1, 2)  # [B, KV, G*T, D/H] -> [B, H, T, D/H]
@@ -196,7 +198,7 @@ class GPT(nn.Module):
             mask = attention_mask(positions, keys, pad)
             mask = torch.cat([mask] * (self.arch["heads"] // self.arch["kv_heads"]), -2)  # see Attention
         x, rope = self.embed(ids, positions if pad is None else (positions - pad[:, None]).clamp(min=0))
-        # Without a cache they are None, since a number that changes would be compiled anew.
+        # Without a cache, slots and keys are None: torch.compile would recompile for every new length.
         context = Context(rope, mask, *(slots, keys) if cache else (None, None))
         for i, layer in enumerate(self.layers):
             inputs = x, context, cache.kv[i] if cache else None
@@ -219,7 +221,7 @@ class GPT(nn.Module):
     def head(self, features):
         """Maps features [..., D] to logits [..., size] of the first `size` tokens of the vocabulary."""
         matrix = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(features, matrix.weight)[..., :self.size]  # autocast caches no slice of a weight
+        return F.linear(features, matrix.weight)[..., :self.size]  # autocast caches casts of whole weights
 
     def forward(self, ids, index=None, cache=None):
         """Maps token ids [B, T] to logits [B, T, V], or to features [N, D] if index is given.

@@ -22,7 +22,8 @@ from models import flags
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # saved as one process would save it
 # Flags that may change when a run is resumed.
 MAY_CHANGE = {"resume", "device", "compile", "out"}
-STOP = SimpleNamespace(training=False, signal=0, time=0.0)  # whether prt.fit runs, and the signal that came
+# Whether prt.fit is running, the number of the signal that came (0: none), and when it came.
+STOP = SimpleNamespace(training=False, signal=0, time=0.0)
 
 
 def main(script):
@@ -36,14 +37,14 @@ def main(script):
         sys.exit(2)
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, signal.SIG_IGN if STOP.signal else handler)  # the end takes a moment
+            signal.signal(number, signal.SIG_IGN if STOP.signal else handler)  # lets the exit finish
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def interrupt(number, frame):
-    """Handles SIGINT (Ctrl-C) and SIGTERM: prt.fit ends its step and saves; anything else ends at once."""
-    # torchrun passes signals on, so that a single Ctrl-C comes to its processes twice.
+    """Handles SIGINT (Ctrl-C) and SIGTERM: prt.fit finishes its step and saves; all else exits at once."""
+    # torchrun forwards signals, so that a single Ctrl-C arrives twice, the second time within 3 seconds.
     again = STOP.signal and time.monotonic() - STOP.time > (3 if dist.is_initialized() else 0)
     if again or not STOP.training:
         STOP.signal = number
@@ -51,14 +52,14 @@ def interrupt(number, frame):
         sys.exit(128 + number)
     if not STOP.signal:
         STOP.signal, STOP.time = number, time.monotonic()
-        try:
+        try:  # os.write, since print raises an error if the signal came in the middle of a print
             os.write(1, b"\nstopping after this step; Ctrl-C again ends at once\n")
         except OSError:  # in `python ... | tee log`, Ctrl-C ended tee, and nothing can be printed
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open until the process ends)
 
 
 def stopping():
-    """Returns whether a signal came to any process. All of them call this at the same step, and agree."""
+    """Returns whether any process got a signal. All of them call this after the same step, and agree."""
     number = torch.tensor(STOP.signal)  # on the CPU, so that a GPU is not synchronized
     if dist.is_initialized():
         dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -70,11 +71,11 @@ def stopping():
 # Device and processes
 
 def setup(device=None):
-    """Returns the device, enables TF32, and joins torchrun's process group, in which only rank 0 prints."""
+    """Returns the device, enables TF32, and joins torchrun's process group, of which rank 0 prints."""
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     available = ["cuda", *cuda, "cpu"] if cuda else ["cpu"]
     if device and device not in available:
-        raise ValueError(f"--device {device}: unavailable; there are cpu and {len(cuda)} CUDA devices")
+        raise ValueError(f"--device {device}: unavailable; there are the CPU and {len(cuda)} CUDA devices")
     device = torch.device(device or available[0])
     torch.set_float32_matmul_precision("high")
     if device.type == "cuda":
@@ -97,34 +98,38 @@ def shard(model, device):
 
 
 def frozen_dtype(device):
-    """Returns the dtype of frozen weights: bfloat16 on CUDA, float32 on a CPU (as fast there)."""
+    """Returns the dtype of frozen weights: bfloat16 on CUDA, float32 on a CPU, as for all else there."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def freeze(model, device):
-    """Returns the model without gradients, its matrices in frozen_dtype: what autocast would cast them to."""
+    """Freezes a model in place, its matrices in frozen_dtype, as autocast would cast them, and returns it."""
     for p in model.requires_grad_(False).parameters():
         p.data = p.data.to(frozen_dtype(device)) if p.ndim > 1 else p.data
     return model
 
 
 def chunk_size(vocab, device):
-    """Returns for how many targets prt.fit computes logits at a time: 512 on a CPU, more on CUDA.
+    """Returns for how many targets prt.fit computes logits at a time.
 
-    On CUDA they may take 1/8 of the memory. A target takes 32 bytes per token of the vocabulary: 2 each for
-    the logits of policy and base in bfloat16, and 4 each for up to 7 values in float32, such as r, the tilted
-    logits, their log-softmax, and its gradient. With 80 GB and Qwen2.5's 151,936 tokens: 2,056 targets.
+    512 on a CPU, and on CUDA as many as an eighth of the memory holds. A target takes 32 bytes per token of
+    the vocabulary: 2 each for the logits of policy and base in bfloat16, and 4 each for up to 7 values in
+    float32, such as r, the tilted logits, their log-softmax, and its gradient. With 80 GB and Qwen2.5's
+    151,936 tokens, these are 2,056 targets.
     """
     return 512 if device.type == "cpu" else torch.cuda.mem_get_info(device)[1] // 8 // (32 * vocab)
 
 
 def to_device(x, device):
-    """Returns a tensor, or a tuple of them, on the device. Copies to CUDA are pinned, so asynchronous."""
+    """Returns a tensor, or a tuple of them, on the device.
+
+    Copies to CUDA are made from pinned memory, so that they are asynchronous.
+    """
     if isinstance(x, tuple):
         return tuple(to_device(y, device) for y in x)
     if x.device.type == "cpu" and device.type == "cuda":
         x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def place(tensor, device):
@@ -156,15 +161,16 @@ def permutation(n, seed, epoch):
 
 
 def fit_options(args, steps, warmup, policy, base, device, info, state):
-    """Returns keyword arguments of prt.fit: values of flags, and base, optimizer, start, and save.
+    """Returns keyword arguments of prt.fit: values of flags, and base, optimizer, start, stop, and save.
 
-    Shards policy and base if there is more than one process. warmup: default of --warmup, in steps. info:
-    entries of the checkpoint besides weights. state: the checkpoint to restore the policy from, or None.
+    From here on, a signal waits for the end of a step, as in `interrupt`. Shards policy and base if there is
+    more than one process. warmup: default of --warmup, in steps. info: entries of the checkpoint besides
+    weights. state: the checkpoint to restore the policy from, or None.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         for model in filter(None, (policy, base)):
             shard(model, device)
-    group = dict(params=policy.parameters(), initial_lr=args.lr)  # prt.fit needs it, and saved states have it
+    group = dict(params=policy.parameters(), initial_lr=args.lr)  # as prt.fit sets it: saved states have it
     optimizer = torch.optim.AdamW([group], lr=args.lr, weight_decay=args.weight_decay, fused=True)
     if state is not None:
         set_state_dict(policy, optimizer, options=FULL_STATE, model_state_dict=state["model"],
@@ -216,7 +222,7 @@ def begin(args):
 def save(args, info, policy, optimizer, step, steps):
     """Writes a checkpoint to args.out, with the optimizer's state unless it is the last of the run.
 
-    Ends the program if a signal came, and steps are left.
+    Exits the program if a signal came and steps are left.
     """
     model_state, optimizer_state = get_state_dict(policy, optimizer, options=FULL_STATE)
     unfinished = dict(optimizer=optimizer_state) if step < steps else {}

@@ -93,7 +93,7 @@ def build(arch, tensors, info, dtype=torch.float32):
 
 
 def checkpoint_model(checkpoint, dtype):
-    """Returns the model in a checkpoint of this project; dtype: that of a GPT, while images need float32."""
+    """Returns the model in a checkpoint of this project; dtype: of a GPT. Image models are float32."""
     info = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
     dtype = dtype if info["kind"] == "gpt" else torch.float32
     return build(checkpoint["arch"], checkpoint["model"], info, dtype)
@@ -117,7 +117,7 @@ def check_sizes(arch, *keys):
     """Raises ValueError if one of these values in arch is not a positive integer."""
     for key in keys:
         if type(arch[key]) is not int or arch[key] < 1:  # a bool is an int, too
-            name = GPT_KEYS.get(key, key).replace(" ", " or ")
+            name = GPT_KEYS[key].replace(" ", " or ") if "rope" in arch else key  # as in config.json
             raise ValueError(f"{name} is {arch[key]!r:.50}, not a positive integer")
 
 
@@ -205,7 +205,7 @@ def gpt_model(fetch, config, dtype):
 def check_gpt(arch, tensors):
     """Raises ValueError if arch has values of the wrong type, or layers or heads that are not in tensors."""
     check_sizes(arch, "vocab", "width", "layers", "heads", "kv_heads", "head_width", "mlp", "positions")
-    rope, vocab, end = arch["rope"] or dict(theta=1.0), arch["vocab"], arch["end"]
+    rope, vocab, end = arch["rope"] or dict(theta=1.0), arch["vocab"], arch["end"]  # GPT-2 has no RoPE
     scaling = [x for k, x in (rope.get("llama3") or {}).items() if "type" not in k]
     if not all(type(x) in (int, float) and 0 < x < math.inf for x in (arch["eps"], rope["theta"], *scaling)):
         raise ValueError(f"eps {arch['eps']!r:.50} or a number of RoPE is not above 0: {rope!r:.200}")
@@ -253,8 +253,8 @@ def gpt_tensors(tensors, arch):
     renamed = {}
     for name, x in tensors.items():
         name = name.removeprefix("transformer.").removeprefix("model.")
-        copy = name == "lm_head.weight" and arch["tied"]
-        if copy or name.endswith((".attn.bias", ".attn.masked_bias", ".inv_freq")):  # buffers of old files
+        is_tied = name == "lm_head.weight" and arch["tied"]
+        if is_tied or name.endswith((".attn.bias", ".attn.masked_bias", ".inv_freq")):  # copy, old buffers
             continue
         if arch["rope"] is None:  # GPT-2
             x = x.T.contiguous() if ".c_" in name and x.ndim == 2 else x  # stored as [inputs, outputs]

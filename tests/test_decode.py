@@ -166,7 +166,7 @@ def test_as_many_tokens_are_drafted_as_were_kept_and_two_more_if_all_were(monkey
         made.append(u.shape[1])
         return torch.full((len(u),), min(next(rest, 0), u.shape[1]))
 
-    monkeypatch.setattr(decode, "kept_drafts", keep)
+    monkeypatch.setattr(decode, "accepted_drafts", keep)
     decode.speculative(TABLES.base, mixture(TABLES, "prt"), PROMPT, length=sum(map(min, kept, drafts)) + 20)
     assert made[:len(drafts)] == drafts
 
@@ -185,12 +185,12 @@ def test_no_more_tokens_are_drafted_than_are_asked_for(trained):
 def test_a_draft_is_kept_with_probability_p_over_q_at_most_1():
     p_y, q_y = torch.tensor([[0.2], [0.2], [0.6]]), torch.tensor([[0.4], [0.4], [0.3]])
     u = torch.tensor([[0.49], [0.51], [0.99]])
-    assert decode.kept_drafts(p_y, q_y, u).tolist() == [1, 0, 1]
+    assert decode.accepted_drafts(p_y, q_y, u).tolist() == [1, 0, 1]
 
 
 def test_drafts_after_a_refused_one_are_not_kept():
     p_y, q_y = torch.tensor([[0.5, 0.0, 0.5, 0.5]]), torch.full((1, 4), 0.5)
-    assert decode.kept_drafts(p_y, q_y, torch.full((1, 4), 0.5)).tolist() == [1]
+    assert decode.accepted_drafts(p_y, q_y, torch.full((1, 4), 0.5)).tolist() == [1]
 
 
 def test_the_residual_is_what_p_has_more_than_q():
@@ -299,9 +299,10 @@ def test_samples_of_speculation_are_samples_of_algorithm_2(name):
 
 
 BROKEN = {
-    "p instead of p / q": dict(kept_drafts=lambda p_y, q_y, u: (u < p_y).long().cumprod(1).sum(1)),
-    "a tenth too often": dict(kept_drafts=lambda p_y, q_y, u: (u * q_y < 1.1 * p_y).long().cumprod(1).sum(1)),
-    "drafts after a refused one": dict(kept_drafts=lambda p_y, q_y, u: (u * q_y < p_y).long().sum(1)),
+    "p instead of p / q": dict(accepted_drafts=lambda p_y, q_y, u: (u < p_y).long().cumprod(1).sum(1)),
+    "a tenth too often": dict(
+        accepted_drafts=lambda p_y, q_y, u: (u * q_y < 1.1 * p_y).long().cumprod(1).sum(1)),
+    "drafts after a refused one": dict(accepted_drafts=lambda p_y, q_y, u: (u * q_y < p_y).long().sum(1)),
     "p instead of the residual": dict(residual=lambda p, q: p),
 }
 
@@ -401,7 +402,7 @@ def test_logits_of_a_compiled_step_outlive_it(trained, monkeypatch, name):
 @pytest.mark.parametrize("rows", [1, 6])
 def test_steps_get_tokens_of_the_same_strides(trained, monkeypatch, rows):
     """Catches: A step is compiled anew for tokens that are a slice of those that were kept."""
-    strides, score = set(), decode.score
+    strides, score = set(), decode.next_logits
 
     def see(caches, tokens, *arguments):
         if tokens.shape[1] == 1:
@@ -409,7 +410,7 @@ def test_steps_get_tokens_of_the_same_strides(trained, monkeypatch, rows):
         assert tokens.is_contiguous()
         return score(caches, tokens, *arguments)
 
-    monkeypatch.setattr(decode, "score", see)
+    monkeypatch.setattr(decode, "next_logits", see)
     ids, pad = padded(trained)
     decode.speculative(trained.base, mixture(trained, "prt"), ids[:rows], length=20, pad=pad[:rows])
     assert strides == {(1, 1)}
@@ -475,14 +476,14 @@ def test_tokens_without_room_are_refused_before_the_first_step(trained, traced, 
 @pytest.mark.parametrize("way", ["speculative", "compiled"])
 def test_decoding_builds_no_graph_for_backward(trained, traced, monkeypatch, way):
     """Catches: Every token that is generated keeps the activations of all models in memory."""
-    score, scores = decode.score, []
+    score, scores = decode.next_logits, []
 
     def keep(*arguments, **options):
         logits = score(*arguments, **options)
         scores.extend(logits.values())
         return logits
 
-    monkeypatch.setattr(decode, "score", keep)
+    monkeypatch.setattr(decode, "next_logits", keep)
     policies = [copy.deepcopy(policy).requires_grad_(True) for policy in (trained.old, trained.reward)]
     WAYS[way](policies[0], [(1.0, policies[1])], torch.tensor([trained.prompts[0]]), length=4)
     assert scores
