@@ -314,8 +314,7 @@ def generate_answers(args, device, row, prompts, end, room):
     longest = max(map(len, prompts))
     length = args.new_tokens or max(1, min(256, room - longest))
     if longest + length > room:
-        raise ValueError(f"a prompt of {longest} tokens and an answer of {length} (--new-tokens) exceed the "
-                         f"{room} positions of these models")
+        raise ValueError(f"a prompt of {longest} and {length} tokens (--new-tokens) exceed {room} positions")
     generate = decoder(args, row, device)
     answers = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

@@ -170,8 +170,7 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
                 if base_features is None and base is not None and (logging or not base_cancels):
                     with torch.no_grad():
                         base_features = base_network(*inputs)
-            # Backward runs through the logits of one chunk at a time, then once through the network, so that
-            # the logits of all targets are never in memory together.
+            # Backward runs through one chunk's logits at a time, and then once through the network.
             leaves = [part.detach().requires_grad_() for part in features.split(chunk)]
             base_parts = [None] * len(leaves) if base_features is None else base_features.split(chunk)
             with torch.autocast("cuda", enabled=False):  # an outer context keeps autocast's casts cached
@@ -186,6 +185,7 @@ def fit(policy, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alp
                     if logging:
                         divergence = kl(tilt(base_logits, r.detach(), beta), base_logits) * counted(y)
                         totals.update(kl=divergence.sum() / count)
+            del logits, base_logits, r, loss_sum  # their memory is needed below
             features.backward(torch.cat([leaf.grad for leaf in leaves]))
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
         optimizer.step()

@@ -132,7 +132,8 @@ def pack(source, split, size, classes, templates, samples, texts=(), keep_small=
     read = functools.partial(read_image, size=size, keep_small=keep_small)
     images = torch.empty(len(samples), *read(samples[0]).shape, dtype=torch.uint8)
     with ThreadPoolExecutor(THREADS) as pool:  # Pillow releases the GIL while it decodes and resizes
-        for i, x in enumerate(tqdm(pool.map(read, samples), f"{source} {split}", len(samples), disable=None)):
+        run = pool.map if images[0].numel() > 10_000 else map  # threads only slow tiny images down
+        for i, x in enumerate(tqdm(run(read, samples), f"{source} {split}", len(samples), disable=None)):
             if x.shape != images.shape[1:]:
                 break
             images[i] = x
@@ -145,8 +146,7 @@ def pack(source, split, size, classes, templates, samples, texts=(), keep_small=
 def read_image(sample, size, keep_small):
     """Returns a sample's image as uint8 [3, S, S]; S is `size`, or less as in `pack`."""
     _, name, open_image = sample
-    kinds = OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError
-    with files.explain(f"{name}: not a readable image", *kinds):
+    with files.explain(f"{name}: not a readable image", Exception):  # Pillow raises errors of many classes
         image = open_image()
         w, h = image.size
         return resize_crop(image, w if keep_small and w == h < size else size)

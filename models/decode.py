@@ -120,8 +120,9 @@ def residual(p, q):
 def compiled(base, rewards, ids, *, length, end=None, pad=None, draw=lambda log_probs: log_probs.argmax(-1)):
     """prt.generate with torch.compile for the steps after the prompt, and with CUDA graphs on CUDA.
 
-    Compilation takes a minute or two for each set of models and batch size. Do not train the models
-    afterward: on a CPU their weights are constants of the graph.
+    Compilation takes a minute or two for each set of models and batch size. The KV caches of every batch size
+    and length (in steps of 128) stay allocated. Do not train the models afterward: on a CPU their weights are
+    constants of the graph.
     """
     B, T = ids.shape
     caches = open_caches([(1.0, base), *rewards], B, T + length, pad, compile=True)

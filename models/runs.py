@@ -78,6 +78,7 @@ def setup(device=None):
         raise ValueError(f"--device {device}: unavailable; there are the CPU and {len(cuda)} CUDA devices")
     device = torch.device(device or available[0])
     torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention builds a plan for every new length
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)  # for all that names no device: synchronization, memory statistics
@@ -91,10 +92,9 @@ def setup(device=None):
 def shard(model, device):
     """Shards a model's weights over the processes with FSDP2, which gathers one block at a time."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for blocks in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]:
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    for module in (*(block for blocks in lists for block in blocks), model):
+        fully_shard(module, mesh=mesh)
 
 
 def frozen_dtype(device):
@@ -208,7 +208,7 @@ def begin(args):
         return None
     if not path.exists():
         raise FileNotFoundError(f"--resume: there is no {path}")
-    state = files.read(path)
+    state = files.read(path, lazy=True)
     if "optimizer" not in state:
         raise ValueError(f"--resume: {path} is not an unfinished run (its last step: {state.get('step')})")
     before = state.get("args", {})
@@ -261,7 +261,7 @@ def launch(args, data, tuning, pretraining, stages, train):
         if "base" in stage:
             fixed["base"] = f"{folder / stage['base']}.pt"
         run = flags.resolve(args, stage, **fixed, out=f"{folder / name}.pt")
-        checkpoint = files.read(run.out) if Path(run.out).exists() else {}
+        checkpoint = files.read(run.out, lazy=True) if Path(run.out).exists() else {}
         if not checkpoint or "optimizer" in checkpoint:
             run.resume = bool(checkpoint)
             start(run)
@@ -298,7 +298,7 @@ def score_texts(base, rewards, batches, chunk=512):
     for batch in tqdm(batches, desc="score", disable=None, leave=False):
         inputs, targets = to_device(batch, device)
         with torch.autocast("cuda", torch.bfloat16, enabled=targets.is_cuda):
-            features = {policy: policy(*inputs).split(chunk) for _, policy in [(1, base), *rewards]}
+            features = {policy: policy(*inputs).split(chunk) for policy in {base, *(p for _, p in rewards)}}
             for k, y in enumerate(targets.split(chunk)):
                 logits = {policy: policy.head(parts[k]) for policy, parts in features.items()}
                 log_probs = prt.mixture(base, rewards, logits.get)

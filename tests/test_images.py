@@ -465,18 +465,18 @@ def test_images_that_are_larger_or_not_square_are_resized(tmp_path, size):
     assert torch.equal(data.images, torch.stack([images.resize_crop(image, 32) for image in pictures]))
 
 
-@pytest.mark.parametrize("sizes", [[(20, 20)] * 41, [(40, 30)] * 41, [(20, 20)] * 40 + [(24, 20)]],
+@pytest.mark.parametrize("sizes", [[(60, 60)] * 41, [(80, 70)] * 41, [(60, 60)] * 40 + [(64, 60)]],
                          ids=["small", "large", "mixed"])
 def test_tars_and_folders_give_the_same_images_with_any_number_of_threads(tmp_path, monkeypatch, sizes):
     """Catches: Images are in the order in which threads finish, or threads share a position in a tar."""
     pictures, labels = write_pictures(tmp_path / "data", sizes)
-    want = torch.stack([pixels_of(x) if len(set(sizes)) == 1 and x.size == (20, 20)
-                        else images.resize_crop(x, 32) for x in pictures])
+    want = torch.stack([pixels_of(x) if len(set(sizes)) == 1 and x.size == (60, 60)
+                        else images.resize_crop(x, 64) for x in pictures])
     for threads in (1, 4, 16):
         monkeypatch.setattr(images, "THREADS", threads)
         tars = images.webdataset(lambda name: tmp_path / "data/tars" / name, "train")
         for reader in (tars, images.folder(tmp_path / "data", "train")):
-            data = images.pack("here", "train", 32, *reader)
+            data = images.pack("here", "train", 64, *reader)
             assert torch.equal(data.images, want)
             assert data.labels.tolist() == labels
             assert data.classes == ["a", "b"]
@@ -487,11 +487,11 @@ def test_a_tar_with_many_members_is_read_by_several_threads(tmp_path, monkeypatc
     root = write_webdataset(tmp_path / "data")
     colors = [(i % 256, i // 256, 77) for i in range(600)]
     members = [member for i, color in enumerate(colors) for member in (
-        (f"{i}.png", png(color, (8, 8))), (f"{i}.cls", str(i % 3).encode()))]
+        (f"{i}.png", png(color, (60, 60))), (f"{i}.cls", str(i % 3).encode()))]
     (root / "test/0.tar").write_bytes(tar_bytes(members)[0])
     monkeypatch.setattr(images, "THREADS", 8)
-    data = images.load(str(root), "test", 32)
-    assert data.images.shape == (600, 3, 8, 8)
+    data = images.load(str(root), "test", 64)
+    assert data.images.shape == (600, 3, 60, 60)
     assert data.images[:, :, 3, 5].tolist() == [list(color) for color in colors]
     assert data.labels.tolist() == [i % 3 for i in range(600)]
 
@@ -509,7 +509,7 @@ def slow_samples(n, broken=None, odd=None, seconds=0.01):
             time.sleep(seconds)
             if i == broken:
                 raise OSError("cannot identify image file")
-            return Image.new("RGB", (40, 40) if i == odd else (20, 20), (i % 256, i // 256, 0))
+            return Image.new("RGB", (80, 80) if i == odd else (60, 60), (i % 256, i // 256, 0))
         return open_image
 
     return [(0, f"sample {i}", opener(i)) for i in range(n)], opened
@@ -522,7 +522,7 @@ def test_an_unreadable_image_is_named_at_once(monkeypatch, broken):
     samples, opened = slow_samples(2_000, broken)
     start = time.perf_counter()
     with pytest.raises(ValueError, match=f"^sample {broken}: not a readable image.*cannot identify"):
-        images.pack("here", "train", 32, ["a"], [], samples)
+        images.pack("here", "train", 64, ["a"], [], samples)
     assert time.perf_counter() - start < 3  # reading all of them takes 10 s
     assert len(opened) < 200
 
@@ -530,12 +530,12 @@ def test_an_unreadable_image_is_named_at_once(monkeypatch, broken):
 @pytest.mark.parametrize("threads", [1, 2, 16])
 def test_the_first_of_several_unreadable_images_is_named(tmp_path, monkeypatch, threads):
     """Catches: The message depends on which thread is faster."""
-    write_pictures(tmp_path / "data", [(20, 20)] * 40)
+    write_pictures(tmp_path / "data", [(60, 60)] * 40)
     for i in (14, 16, 38, 39):
         (tmp_path / "data/train" / "ab"[i % 2] / f"{i:04}.png").write_bytes(b"<html>")
     monkeypatch.setattr(images, "THREADS", threads)
     with pytest.raises(ValueError, match=r"train/a/0014\.png: not a readable image"):
-        images.load(str(tmp_path / "data"), "train", 32)
+        images.load(str(tmp_path / "data"), "train", 64)
 
 
 def test_images_are_read_at_the_same_time(monkeypatch):
@@ -543,7 +543,7 @@ def test_images_are_read_at_the_same_time(monkeypatch):
     monkeypatch.setattr(images, "THREADS", 8)
     samples, _ = slow_samples(80, seconds=0.02)
     start = time.perf_counter()
-    data = images.pack("here", "train", 32, ["a"], [], samples)
+    data = images.pack("here", "train", 64, ["a"], [], samples)
     assert time.perf_counter() - start < 1  # one after another they take 1.6 s
     assert data.images[:, 0, 0, 0].tolist() == list(range(80))
 
@@ -553,8 +553,8 @@ def test_another_size_ends_the_first_reading_at_once(monkeypatch, odd):
     """Catches: All images are read and kept in memory once more, beside the second reading."""
     monkeypatch.setattr(images, "THREADS", 2)
     samples, opened = slow_samples(300, odd=odd, seconds=0.001)
-    data = images.pack("here", "train", 32, ["a"], [], samples)
-    assert data.images.shape == (300, 3, 32, 32)
+    data = images.pack("here", "train", 64, ["a"], [], samples)
+    assert data.images.shape == (300, 3, 64, 64)
     assert len(opened) < 400
 
 
