@@ -162,7 +162,7 @@ def resize_crop(image, size):
     image = image.resize((w, h), Image.BICUBIC)
     left, top = round((w - size) / 2), round((h - size) / 2)
     pixels = np.array(image.crop((left, top, left + size, top + size)))  # [S, S, 3]
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # here, in the threads of `pack`
 
 
 def lines(path):

@@ -181,9 +181,10 @@ def compiled_logits(device_type):
     if device_type == "cuda":
         return torch.compile(last_logits, mode="reduce-overhead")
     # On a CPU: network weights as constants, packed for the fastest of several matrix products.
-    options = dict(freezing=True, max_autotune=True, autotune_num_choices_displayed=0,
-                   max_autotune_report_choices_stats=False)
-    return torch.compile(last_logits, options=options)
+    # As `options` of torch.compile, freezing has no effect.
+    torch._inductor.config.load_config(dict(freezing=True, max_autotune=True,
+                                            autotune_num_choices_displayed=0))  # prints nothing
+    return torch.compile(last_logits)
 
 
 def open_caches(terms, batch, length, pad, compile):
