@@ -182,8 +182,8 @@ def compiled_logits(device_type):
         return torch.compile(last_logits, mode="reduce-overhead")
     # On a CPU: network weights as constants, packed for the fastest of several matrix products.
     # As `options` of torch.compile, freezing has no effect.
-    torch._inductor.config.load_config(dict(freezing=True, max_autotune=True,
-                                            autotune_num_choices_displayed=0))  # prints nothing
+    silent = dict(autotune_num_choices_displayed=0, max_autotune_report_choices_stats=False)
+    torch._inductor.config.load_config(dict(freezing=True, max_autotune=True, **silent))
     return torch.compile(last_logits)
 
 
