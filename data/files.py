@@ -73,7 +73,7 @@ def save(path, tensors):
 def read(path, lazy=False):
     """Returns the dict in a .safetensors file, a file of torch.save, or a TorchScript archive.
 
-    Unpickles with weights_only=True. mmap: a file of torch.save is read on first use of its tensors. Raises
+    Unpickles with weights_only=True. lazy: a file of torch.save is read on first use of its tensors. Raises
     ValueError if the file is damaged.
     """
     if Path(path).suffix == ".safetensors":
