@@ -150,6 +150,16 @@ def shuffled(step, n, batch, seed):
     return torch.cat([permutation(n, seed, e)[positions[epochs == e] % n] for e in epochs.unique().tolist()])
 
 
+def hold_out(n, share):
+    """Returns the indices of the training examples to train on, and of those to choose beta on: LongTensors.
+
+    They depend on the number n of examples only, so that eval.py finds them again.
+    """
+    shuffled_once = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    held = round(share * n)
+    return shuffled_once[held:].sort().values, shuffled_once[:held].sort().values
+
+
 def order(args, n):
     """Returns the function `indices` of prt.fit that shuffles n examples as the flags say."""
     return functools.partial(shuffled, n=n, batch=args.batch, seed=args.seed)
