@@ -111,7 +111,7 @@ def clip_model(content, config, path):
     tensors = {k.removeprefix("module."): v for k, v in content.get("state_dict", content).items()}
     arch = clip_architecture(tensors, config)
     if not config and not arch["quick_gelu"]:
-        size = f", and {arch['image_size']} pixels" if "widths" in arch else ""  # read off other towers
+        size = f", and {arch['image_size']} pixels" if "widths" in arch else ""  # else the shapes tell it
         print(f"{path}: a bare state dict names no activation or pixel mean: GELU and CLIP's are used{size}")
     for name in ("input_resolution", "context_length", "vocab_size"):
         tensors.pop(name, None)
@@ -129,7 +129,7 @@ def check_sizes(arch, *keys):
 
 def check_clip(arch, tensors):
     """Raises ValueError if arch has more layers than there are tensors, or values of the wrong type."""
-    check_sizes(arch, "image_size", "text_heads", "context", "vocab")
+    check_sizes(arch, "image_size", "text_layers", "text_heads", "context", "vocab")
     if "widths" not in arch:
         check_sizes(arch, "heads")
     elif not 32 <= arch["image_size"] <= 1024:  # no shape of a ConvNeXt's tensors depends on it
