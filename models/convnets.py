@@ -112,7 +112,7 @@ class ConvNeXtBlock(nn.Module):
         self.conv_dw = nn.Conv2d(width, width, 7, padding=3, groups=width)  # each channel on its own
         self.norm = nn.LayerNorm(width, EPS)
         self.mlp = mlp(width, 4 * width, width, bias=True)
-        self.gamma = nn.Parameter(torch.full((width,), 1e-6))  # at first, a block changes little
+        self.gamma = nn.Parameter(torch.full((width,), 1e-6))  # layer scale: at first, a block does little
 
     def forward(self, x):
         y = self.conv_dw(x).permute(0, 2, 3, 1)  # [B, D, h, w] -> [B, h, w, D]

@@ -128,7 +128,7 @@ def check_sizes(arch, *keys):
 
 
 def check_clip(arch, tensors):
-    """Raises ValueError if arch has more layers than there are tensors, or values of the wrong type."""
+    """Raises ValueError if arch has more layers than there are tensors, or wrong types or image sizes."""
     check_sizes(arch, "image_size", "text_layers", "text_heads", "context", "vocab")
     if "widths" not in arch:
         check_sizes(arch, "heads")
@@ -143,7 +143,8 @@ def check_clip(arch, tensors):
 def clip_architecture(tensors, config):
     """Returns the arch dict of models/clip.py, read off the shapes of a CLIP state dict.
 
-    config: open_clip_config.json or {}. It adds what shapes do not tell: head widths, activation, mean, std.
+    config: open_clip_config.json or {}. It adds what shapes do not tell: head widths, activation, mean, std,
+        and a ConvNeXt's image size.
     """
     model, preprocess = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
     vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
