@@ -2,7 +2,8 @@
 
 An architecture is a dict of plain values, which models/weights.py reads off a state dict: embed_dim,
 image_size, mean, std, quick_gelu; the text tower's text_width, text_layers, text_heads, context, vocab; a
-ViT's width, layers (an int), patch, heads; or a ModifiedResNet's width, layers (four ints), heads.
+ViT's width, layers (an int), patch, heads; a ModifiedResNet's width, layers (four ints), heads; or a
+ConvNeXt's widths, layers (four ints each), mlp_head (whether its head is an MLP).
 """
 from collections import OrderedDict
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.convnets import ModifiedResNet
+from models.convnets import ConvNeXt, ModifiedResNet
 
 
 class QuickGELU(nn.Module):
@@ -92,7 +93,8 @@ class VisionTransformer(nn.Module):
 
 
 def image_tower(arch):
-    return ModifiedResNet(arch) if isinstance(arch["layers"], list) else VisionTransformer(arch)
+    convnet = ConvNeXt if "widths" in arch else ModifiedResNet
+    return convnet(arch) if isinstance(arch["layers"], list) else VisionTransformer(arch)
 
 
 def resize(images, size):

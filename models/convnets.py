@@ -1,4 +1,4 @@
-"""CLIP's convolutional image tower, with parameters named as in OpenAI's and OpenCLIP's checkpoints."""
+"""CLIP's convolutional image towers, with parameters named as in OpenAI's and OpenCLIP's checkpoints."""
 from collections import OrderedDict
 
 import torch
@@ -80,3 +80,70 @@ class ModifiedResNet(nn.Module):
         x = F.relu(self.bn3(self.conv3(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(F.avg_pool2d(x, 2)))))
         return self.attnpool(x)
+
+
+# ConvNeXt
+
+EPS = 1e-6  # of every LayerNorm
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of features [B, D, h, w].
+
+    Its output has the channels of a position side by side in memory (channels_last). Convolutions keep this
+    layout, in which LayerNorm and linear layers need no copy.
+    """
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def mlp(inputs, hidden, outputs, bias):
+    """Returns two linear layers with a GELU between them; bias: whether the second one has a bias."""
+    fc1, fc2 = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs, bias)
+    return nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU(), fc2=fc2))
+
+
+class ConvNeXtBlock(nn.Module):
+    """A convolution that mixes positions, then an MLP that mixes channels, added to the block's input."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv_dw = nn.Conv2d(width, width, 7, padding=3, groups=width)  # each channel on its own
+        self.norm = nn.LayerNorm(width, EPS)
+        self.mlp = mlp(width, 4 * width, width, bias=True)
+        self.gamma = nn.Parameter(torch.full((width,), 1e-6))  # layer scale: at first, a block does little
+
+    def forward(self, x):
+        y = self.conv_dw(x).permute(0, 2, 3, 1)  # [B, D, h, w] -> [B, h, w, D]
+        y = self.gamma * self.mlp(self.norm(y))
+        return x + y.permute(0, 3, 1, 2)  # [B, D, h, w]
+
+
+class ConvNeXt(nn.Module):
+    """ConvNeXt (Liu et al. 2022) with timm's names, and OpenCLIP's projection, linear or an MLP, as the head.
+
+    arch: a dict with widths and layers (four ints each, one per stage), embed_dim, mlp_head.
+    """
+
+    def __init__(self, arch):
+        super().__init__()
+        widths, embed_dim = arch["widths"], arch["embed_dim"]
+        inputs, stages = widths[0], nn.Sequential()
+        stem = nn.Sequential(nn.Conv2d(3, inputs, 4, stride=4), ChannelNorm(inputs, EPS))
+        for i, (width, blocks) in enumerate(zip(widths, arch["layers"], strict=True)):
+            halve = nn.Sequential(ChannelNorm(inputs, EPS), nn.Conv2d(inputs, width, 2, stride=2))
+            parts = dict(downsample=halve if i > 0 else nn.Identity(),
+                         blocks=nn.Sequential(*(ConvNeXtBlock(width) for _ in range(blocks))))
+            stages.append(nn.Sequential(OrderedDict(parts)))
+            inputs = width
+        norm = nn.Sequential(OrderedDict(norm=nn.LayerNorm(width, EPS)))
+        self.trunk = nn.Sequential(OrderedDict(stem=stem, stages=stages, head=norm))
+        head = (dict(mlp=mlp(width, 2 * embed_dim, embed_dim, bias=False)) if arch["mlp_head"]
+                else dict(proj=nn.Linear(width, embed_dim, bias=False)))
+        self.head = nn.Sequential(OrderedDict(head))
+
+    def forward(self, x):
+        """Maps normalized images [B, 3, S, S], S >= 32, to features [B, E], E = embed_dim."""
+        x = self.trunk.stages(self.trunk.stem(x))  # [B, 3, S, S] -> [B, D, S/4, S/4] -> [B, D', S/32, S/32]
+        return self.head(self.trunk.head(x.mean((2, 3))))  # [B, D'] -> [B, E]

@@ -101,12 +101,18 @@ def checkpoint_model(checkpoint, dtype):
 
 # CLIP
 
+# Keys of open_clip_config.json that choose a variant -> the values that models/convnets.py supports.
+CLIP_VARIANTS = dict(timm_pool=("avg",), timm_proj=("linear", "mlp"), timm_model_name=(
+    "convnext_tiny", "convnext_small", "convnext_base", "convnext_large", "convnext_xlarge"))
+
+
 def clip_model(content, config, path):
     """Returns the CLIP in a state dict, bare or under "state_dict" as OpenCLIP's training saves it."""
     tensors = {k.removeprefix("module."): v for k, v in content.get("state_dict", content).items()}
     arch = clip_architecture(tensors, config)
     if not config and not arch["quick_gelu"]:
-        print(f"{path}: a bare state dict names no activation or pixel mean: GELU and CLIP's mean are used")
+        size = f", and {arch['image_size']} pixels" if "widths" in arch else ""  # else the shapes tell it
+        print(f"{path}: a bare state dict names no activation or pixel mean: GELU and CLIP's are used{size}")
     for name in ("input_resolution", "context_length", "vocab_size"):
         tensors.pop(name, None)
     tensors["logit_scale"] = tensors["logit_scale"].reshape(1)  # FSDP shards no scalars
@@ -122,8 +128,12 @@ def check_sizes(arch, *keys):
 
 
 def check_clip(arch, tensors):
-    """Raises ValueError if arch has more layers than there are tensors, or values of the wrong type."""
-    check_sizes(arch, "image_size", "heads", "text_heads", "context", "vocab")
+    """Raises ValueError if arch has more layers than there are tensors, or wrong types or image sizes."""
+    check_sizes(arch, "image_size", "text_layers", "text_heads", "context", "vocab")
+    if "widths" not in arch:
+        check_sizes(arch, "heads")
+    elif not 32 <= arch["image_size"] <= 1024:  # no shape of a ConvNeXt's tensors depends on it
+        raise ValueError(f"image_size is {arch['image_size']}; a ConvNeXt is read with 32 to 1024 pixels")
     torch.tensor([arch["mean"], arch["std"]]).view(2, 3)  # raises unless these are three numbers each
     layers = arch["layers"] if isinstance(arch["layers"], list) else [arch["layers"]]
     if max(*layers, arch["text_layers"]) > len(tensors):
@@ -133,13 +143,16 @@ def check_clip(arch, tensors):
 def clip_architecture(tensors, config):
     """Returns the arch dict of models/clip.py, read off the shapes of a CLIP state dict.
 
-    config: open_clip_config.json or {}. It adds what shapes do not tell: head widths, activation, mean, std.
+    config: open_clip_config.json or {}. It adds what shapes do not tell: head widths, activation, mean, std,
+        and a ConvNeXt's image size.
     """
     model, preprocess = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
     vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
     known = ("embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "image_size", "patch_size", "width",
-             "layers", "heads", "head_width", "context_length", "vocab_size")
-    if unknown := [k for part in (model, vision, text) for k, v in part.items() if k not in known and v]:
+             "layers", "heads", "head_width", "context_length", "vocab_size",
+             "timm_drop", "timm_drop_path", "timm_model_pretrained")  # these three matter in pretraining only
+    if unknown := [f"{k} {v!r:.50}" for part in (model, vision, text) for k, v in part.items()
+                   if k not in known and v and v not in CLIP_VARIANTS.get(k, ())]:
         raise ValueError(f"open_clip_config.json sets {', '.join(unknown)}, which is not supported")
 
     def count(prefix):
@@ -150,18 +163,28 @@ def clip_architecture(tensors, config):
             raise ValueError(f"a width of {width} does not split into {number:g} heads")
         return int(number)
 
-    for name, n in {"token_embedding.weight": 2, "text_projection": 2, "visual.conv1.weight": 4}.items():
+    def shape(name, n):
         if tensors[name].ndim != n:
             raise ValueError(f"{name} has shape {list(tensors[name].shape)}")
-    vocab, text_width = tensors["token_embedding.weight"].shape
+        return tensors[name].shape
+
+    vocab, text_width = shape("token_embedding.weight", 2)
     openai = "input_resolution" in tensors  # a key of OpenAI's own files only
-    arch = dict(embed_dim=tensors["text_projection"].shape[1], quick_gelu=model.get("quick_gelu", openai),
+    arch = dict(embed_dim=shape("text_projection", 2)[1], quick_gelu=model.get("quick_gelu", openai),
                 mean=preprocess.get("mean", CLIP_MEAN), std=preprocess.get("std", CLIP_STD),
                 text_width=text_width, text_layers=count("transformer.resblocks."),
                 text_heads=heads(text_width, text.get("heads", text_width / 64)),
                 context=len(tensors["positional_embedding"]), vocab=vocab)
+    if count("visual.trunk."):  # ConvNeXt, whose shapes do not tell the image size
+        stages = [f"visual.trunk.stages.{i}.blocks." for i in range(4)]
+        layers = [count(stage) for stage in stages]
+        if layers == [3, 4, 30, 3]:
+            raise ValueError("convnext_xxlarge is not supported: its LayerNorms have another epsilon")
+        return arch | dict(widths=[shape(f"{stage}0.gamma", 1)[0] for stage in stages], layers=layers,
+                           mlp_head="visual.head.mlp.fc1.weight" in tensors,
+                           image_size=vision.get("image_size", 256))
     head_width = vision.get("head_width", 64)
-    width, _, _, patch = tensors["visual.conv1.weight"].shape
+    width, _, _, patch = shape("visual.conv1.weight", 4)
     if "visual.class_embedding" in tensors:
         grid = math.isqrt(len(tensors["visual.positional_embedding"]) - 1)
         return arch | dict(width=width, layers=count("visual.transformer.resblocks."), patch=patch,

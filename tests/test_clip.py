@@ -6,10 +6,13 @@ from helpers import error, expected, load
 from PIL import Image
 
 from data.images import resize_crop
-from models.clip import CLIP, Preprocess, classifier, cosine, resize
-from models.convnets import ModifiedResNet
+from models.clip import CLIP, Preprocess, VisionTransformer, classifier, cosine, resize
+from models.convnets import ConvNeXt, ModifiedResNet
 
-NAMES = ["openclip_vit", "openclip_vit_quickgelu", "openclip_rn", "openclip_bare"]
+TOWERS = dict(openclip_vit=VisionTransformer, openclip_vit_quickgelu=VisionTransformer,
+              openclip_bare=VisionTransformer, openclip_rn=ModifiedResNet, openclip_convnext=ConvNeXt,
+              openclip_convnext_mlp=ConvNeXt)
+NAMES = list(TOWERS)
 
 
 # Parity with OpenCLIP
@@ -19,7 +22,7 @@ NAMES = ["openclip_vit", "openclip_vit_quickgelu", "openclip_rn", "openclip_bare
 def test_image_features_are_those_of_openclip(name):
     """Catches: A wrong head count, activation, normalization, or pooling moves the features."""
     io, model = expected(name), load(name)
-    assert isinstance(model.visual, ModifiedResNet) == (name == "openclip_rn")
+    assert type(model.visual) is TOWERS[name]
     assert error(model.encode_image(io["image"]), io["image_features"]) < 1e-4
 
 
@@ -71,6 +74,32 @@ def test_quick_gelu_matters():
     other.load_state_dict(model.state_dict())
     assert error(other.encode_image(io["image"]), io["image_features"]) > 1e-3
     assert error(other.encode_text(io["tokens"]), io["text_features"]) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["openclip_convnext", "openclip_convnext_mlp"])
+def test_every_weight_of_a_convnext_matters(name):
+    """Catches: The parity above would hold without a part of the tower, which its layer scale hides."""
+    io, model = expected(name), load(name)
+    for weight in model.visual.parameters():
+        before = weight.clone()
+        weight.mul_(0.9)
+        assert error(model.encode_image(io["image"]), io["image_features"]) > 1e-4
+        weight.copy_(before)
+
+
+def test_every_layer_norm_of_a_convnext_has_an_epsilon_of_a_millionth():
+    """Catches: PyTorch's 1e-5, which moves features by less than the tolerance."""
+    norms = [m for m in load("openclip_convnext").visual.modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert len(norms) == 1 + 3 + 5 + 1  # of the stem, between stages, in the blocks, and of the head
+    assert {norm.eps for norm in norms} == {1e-6}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [32, 33, 100])
+def test_a_convnext_takes_images_of_any_size(size):
+    """Catches: A size that is no multiple of 32 fails deep inside."""
+    assert load("openclip_convnext").encode_image(torch.randn(2, 3, size, size)).shape == (2, 32)
 
 
 # Pixels

@@ -17,6 +17,7 @@ from conftest import (
     two_processes,
 )
 
+import prt
 from data import files
 from models import weights
 from models.clip import CLIP
@@ -53,10 +54,49 @@ def test_a_second_run_without_arguments_keeps_the_models_that_are_there(in_shape
     assert contents(in_shapes.folder) == before
 
 
+# A convolutional tower
+
+CONVNEXT = "convnext.pt"
+
+
+@pytest.fixture(scope="module")
+def convnext(shapes):
+    """Writes a CLIP with a ConvNeXt and random weights into the folder of `shapes`; returns its path."""
+    torch.manual_seed(0)
+    arch = {k: v for k, v in SIZES["tiny"].items() if k not in ("width", "patch", "heads")}
+    clip = CLIP(arch | dict(widths=[8, 12, 16, 24], layers=[1, 1, 2, 1], mlp_head=True))
+    with torch.no_grad():  # the initial layer scale hides what a block does
+        for stage in clip.visual.trunk.stages:
+            for block in stage.blocks:
+                block.gamma.fill_(0.5)
+    files.save(shapes.folder / CONVNEXT, dict(kind="clip", arch=clip.arch, model=clip.state_dict()))
+    return shapes.folder / CONVNEXT
+
+
+@pytest.mark.parametrize("method", ["prt", "ft"])
+def test_a_convnext_is_tuned_and_loaded_again(convnext, in_shapes, tmp_path, monkeypatch, method):
+    """Catches: A part of the tower is not tuned or not saved, or read back as another."""
+    fit, policies, out = prt.fit, [], tmp_path / "tuned.pt"
+
+    def watched(policy, *args, **options):
+        policies.append(policy)
+        fit(policy, *args, **options)
+
+    monkeypatch.setattr(prt, "fit", watched)
+    assert call("train_vision.py", *TUNE, "--base", CONVNEXT, "--method", method, "--out", out) == 0
+    before, after, tuned = read(convnext)["model"], read(out)["model"], weights.load(out, method, text=False)
+    visual = {name for name in before if name.startswith("visual.")}
+    assert set(after) == {"head", *visual}
+    assert all(not torch.allclose(after[name], before[name], atol=1e-4) for name in visual)
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(tuned(images), policies[0](images))
+
+
 # Two processes
 
 @pytest.fixture(scope="module")
-def twice(shapes, tmp_path_factory):
+def twice(shapes, convnext, tmp_path_factory):
     """Runs by two processes, the last of which stops after its second step: folder, and what they print."""
     folder = tmp_path_factory.mktemp("twice")
     with pytest.MonkeyPatch.context() as patch:  # what one process begins, two will resume
@@ -66,14 +106,16 @@ def twice(shapes, tmp_path_factory):
         with pytest.raises(KeyboardInterrupt):
             call("train_vision.py", *TUNE, "--accum", 2, "--out", folder / "resumed.pt")
     commands = [(*command, "--out", str(folder / f"{name}.pt")) for name, command in dict(
-        plain=TUNE, augment=(*TUNE, "--augment"), pretrain=PRETRAIN, resumed=(*TUNE, "--resume"),
-        stopped=TUNE).items()]
+        plain=TUNE, augment=(*TUNE, "--augment"), convnext=(*TUNE, "--base", CONVNEXT), pretrain=PRETRAIN,
+        resumed=(*TUNE, "--resume"), stopped=TUNE).items()]
     printed = two_processes("train_vision", commands, 2, folder, cwd=shapes.folder, cache=shapes.cache)
     return SimpleNamespace(folder=folder, printed=printed)
 
 
-@pytest.mark.parametrize("name, options", [("plain", ()), ("augment", ("--augment",))])
-def test_two_processes_equal_one(twice, in_shapes, tmp_path, capsys, name, options):
+@pytest.mark.parametrize("name, options, weight", [
+    ("plain", (), "visual.proj"), ("augment", ("--augment",), "visual.proj"),
+    ("convnext", ("--base", CONVNEXT), "visual.trunk.stem.0.weight")])
+def test_two_processes_equal_one(twice, in_shapes, tmp_path, capsys, name, options, weight):
     """Catches: The gradients are averaged over processes instead of targets, or ranks see the same images.
 
     Two processes that write the same file would show too.
@@ -81,7 +123,8 @@ def test_two_processes_equal_one(twice, in_shapes, tmp_path, capsys, name, optio
     one, two = tmp_path / "one.pt", twice.folder / f"{name}.pt"
     assert call("train_vision.py", *TUNE, *options, "--accum", 2, "--out", one) == 0
     assert same(one, two, atol=1e-6)
-    assert not torch.allclose(read(one)["model"]["visual.proj"], read(OLD)["model"]["visual.proj"], atol=1e-4)
+    base = CONVNEXT if name == "convnext" else OLD
+    assert not torch.allclose(read(one)["model"][weight], read(base)["model"][weight], atol=1e-4)
     alone, = re.findall(r"one 4/4: (loss .* norm [\d.]+)", capsys.readouterr().out)
     together, = re.findall(rf"{name} 4/4: (loss .* norm [\d.]+)", twice.printed)
     assert alone == together

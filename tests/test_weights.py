@@ -30,7 +30,8 @@ from models.gpt import GPT
 from models.tokenizer import Tokenizer
 
 GPTS = ["gpt2", "gpt2_hub", "llama2", "llama3", "falcon3", "qwen2"]
-CLIPS = ["openclip_vit", "openclip_vit_quickgelu", "openclip_rn", "openclip_bare"]
+CLIPS = ["openclip_vit", "openclip_vit_quickgelu", "openclip_rn", "openclip_bare", "openclip_convnext",
+         "openclip_convnext_mlp"]
 VIT = FIXTURES / "openclip_vit"
 TOKENIZERS = {name: (FIXTURES / f"{name}_tokenizer" / "tokenizer.json").read_text()
               for name in ("llama3", "qwen2")}
@@ -52,6 +53,10 @@ def assert_clip(model, name):
 
 def bare():
     return torch.load(FIXTURES / "openclip_bare" / "weights.pt", weights_only=True)
+
+
+def tensors_of_clip(name):
+    return {k: x.clone() for k, x in files.read(FIXTURES / name / "open_clip_model.safetensors").items()}
 
 
 def tensors_of(name):
@@ -93,6 +98,30 @@ def test_bare_state_dict_has_the_mean_and_std_of_clip(capsys):
     assert model.arch["std"] == pytest.approx([0.26862954, 0.26130258, 0.27577711])
     printed = capsys.readouterr().out
     assert "weights.pt" in printed and "GELU" in printed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, mlp_head", [("openclip_convnext", False), ("openclip_convnext_mlp", True)])
+def test_bare_state_dict_may_be_a_convnext(tmp_path, capsys, name, mlp_head):
+    """Catches: A size is not read off the shapes, or the image size is assumed in silence.
+
+    The text tower is another fixture's, since without a config its heads must have a width of 64.
+    """
+    visual = {k: x for k, x in tensors_of_clip(name).items() if k.startswith("visual.")}
+    text = {k: x for k, x in bare().items() if not k.startswith("visual.")}
+    torch.save(visual | text, tmp_path / "bare.pt")
+    model = weights.load(tmp_path / "bare.pt", "base")
+    assert error(model.encode_image(expected(name)["image"]), expected(name)["image_features"]) < 1e-4
+    io = expected("openclip_bare")
+    assert error(model.encode_text(io["tokens"]), io["text_features"]) < 1e-4
+    assert model.arch["image_size"] == 256 and model.arch["mlp_head"] is mlp_head
+    printed = capsys.readouterr().out
+    assert "bare.pt" in printed and "GELU" in printed and "256 pixels" in printed
+
+
+def test_only_an_image_size_that_is_assumed_is_printed(capsys):
+    load("openclip_bare")
+    assert "pixels" not in capsys.readouterr().out
 
 
 def test_logit_scale_is_a_vector_of_one(tmp_path):
@@ -318,6 +347,33 @@ def test_quick_gelu_is_read_from_the_config(tmp_path):
     assert error(model.encode_text(io["tokens"]), io["text_features"]) > 1e-3
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("change", [
+    dict(timm_drop=0.1, timm_drop_path=None), dict(timm_model_pretrained=True), dict(timm_pool="avg"),
+    dict(timm_model_name="convnext_large"), dict(image_size=320)], ids=str)
+def test_options_of_a_convnext_that_its_features_do_not_depend_on_are_read(tmp_path, change):
+    """Catches: Published configs, which set them for pretraining or differ in size, are refused."""
+    model = weights.load(edited_clip(tmp_path, "openclip_convnext", vision=change))
+    assert model.arch["image_size"] == change.get("image_size", 64)
+    assert_clip(model, "openclip_convnext")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("timm_model_name", "convnextv2_base"), ("timm_model_name", "convnext_xxlarge"),
+    ("timm_model_name", "convnext_atto"), ("timm_model_name", "vit_base_patch16_224"),
+    ("timm_pool", "abs_attn"), ("timm_pool", "max"), ("timm_proj", "none"), ("timm_proj_bias", True),
+    ("image_size", 31), ("image_size", 1025), ("image_size", 10**9), ("image_size", [64, 64]),
+    ("image_size", "64"), ("image_size", None), ("image_size", True)])
+def test_unknown_options_of_a_convnext_are_refused(tmp_path, key, value):
+    """Catches: A variant with another pooling or epsilon is loaded as if it were the plain model.
+
+    No tensor tells the image size, so that a wrong one would be found with the first image, or fill memory.
+    """
+    with pytest.raises(ValueError, match=key) as caught:
+        weights.load(edited_clip(tmp_path, "openclip_convnext", vision={key: value}))
+    assert str(tmp_path / "clip") in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("part, key, value", [
     ("vision", "pool_type", "avg"), ("vision", "timm_model_name", "vit"),
     ("text", "hf_model_name", "roberta"), ("model", "custom_text", True)])
@@ -386,6 +442,61 @@ def test_tensors_that_do_not_fit_a_clip_are_named(tmp_path, misfit):
         weights.load(tmp_path / "odd.pt")
     if value is None or torch.is_tensor(value):
         assert name in str(caught.value)
+
+
+TRUNK = "visual.trunk."
+MISFITS_OF_A_CONVNEXT = {
+    "stem missing": {f"{TRUNK}stem.0.weight": None},
+    "stem misshapen": {f"{TRUNK}stem.0.weight": torch.ones(4)},
+    "stem of 2 x 2 pixels": {f"{TRUNK}stem.0.weight": torch.ones(4, 3, 2, 2)},
+    "norm of the stem missing": {f"{TRUNK}stem.1.bias": None},
+    "downsample missing": {f"{TRUNK}stages.1.downsample.1.weight": None},
+    "downsample of the first stage": {f"{TRUNK}stages.0.downsample.1.weight": torch.ones(4, 4, 2, 2)},
+    "layer scale missing, as in ConvNeXt V2": {f"{TRUNK}stages.2.blocks.0.gamma": None},
+    "layer scale misshapen": {f"{TRUNK}stages.2.blocks.0.gamma": torch.ones(())},
+    "MLP of convolutions, as in convnext_atto": {f"{TRUNK}stages.0.blocks.0.mlp.fc1.weight":
+                                                 torch.ones(16, 4, 1, 1)},
+    "fifth stage": {f"{TRUNK}stages.4.blocks.0.gamma": torch.ones(16)},
+    "norm before the pool": {f"{TRUNK}norm_pre.weight": torch.ones(16)},
+    "norm of the head missing": {f"{TRUNK}head.norm.weight": None},
+    "no head": {"visual.head.proj.weight": None},
+    "bias of the head": {"visual.head.proj.bias": torch.ones(32)},
+    "projection misshapen": {"visual.head.proj.weight": torch.ones(31, 16)},
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS_OF_A_CONVNEXT)
+def test_tensors_that_do_not_fit_a_convnext_are_named(tmp_path, misfit):
+    """Catches: Tensors are dropped or left at random values, or the error does not name file and tensor."""
+    folder, tensors = edited_clip(tmp_path, "openclip_convnext"), tensors_of_clip("openclip_convnext")
+    (name, value), = MISFITS_OF_A_CONVNEXT[misfit].items()
+    assert value is not None or name in tensors
+    tensors = {k: x for k, x in (tensors | {name: value}).items() if x is not None}
+    file = write_safetensors(folder / "open_clip_model.safetensors", tensors)
+    with pytest.raises(ValueError, match=str(file)) as caught:
+        weights.load(folder)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_convnext_with_both_kinds_of_head_is_refused(tmp_path):
+    """Catches: One of the two is dropped in silence."""
+    folder, tensors = edited_clip(tmp_path, "openclip_convnext_mlp"), tensors_of_clip("openclip_convnext_mlp")
+    tensors["visual.head.proj.weight"] = torch.ones(32, 12)
+    file = write_safetensors(folder / "open_clip_model.safetensors", tensors)
+    with pytest.raises(ValueError, match=f"{file}: .*visual.head.proj.weight"):
+        weights.load(folder)
+
+
+def test_convnext_of_another_epsilon_is_refused(tmp_path):
+    """Catches: convnext_xxlarge, whose shapes alone look like the others', gives slightly wrong features."""
+    folder, tensors = edited_clip(tmp_path, "openclip_convnext"), tensors_of_clip("openclip_convnext")
+    for i, blocks in enumerate((3, 4, 30, 3)):
+        first = {k: x for k, x in tensors.items() if k.startswith(f"{TRUNK}stages.{i}.blocks.0.")}
+        for j in range(blocks):
+            tensors |= {k.replace("blocks.0.", f"blocks.{j}."): x for k, x in first.items()}
+    file = write_safetensors(folder / "open_clip_model.safetensors", tensors)
+    with pytest.raises(ValueError, match=f"{file}: .*xxlarge"):
+        weights.load(folder)
 
 
 @pytest.mark.parametrize("name, buffers", [
@@ -527,6 +638,13 @@ def test_clip_of_the_hub_needs_the_token_for_its_two_files_only(clip_hub, monkey
     assert clip_hub.store.seen == [("/blob", None)]
 
 
+@pytest.mark.parametrize("name", ["openclip_convnext", "openclip_convnext_mlp"])
+def test_clip_of_the_hub_may_be_a_convnext(clip_hub, name):
+    clip_hub.files[CONFIG] = (FIXTURES / name / "open_clip_config.json").read_bytes()
+    clip_hub.store.files["/blob"] = (FIXTURES / name / "open_clip_model.safetensors").read_bytes()
+    assert_clip(weights.load("org/clip", "base"), name)
+
+
 def test_clip_of_the_hub_needs_no_token(clip_hub):
     weights.load("org/clip")
     assert {token for _, token in clip_hub.seen} == {None}
@@ -608,16 +726,17 @@ def test_checkpoint_of_a_gpt_gives_its_model_back(tmp_path, name, role, dtype):
 
 
 @torch.no_grad()
-def test_checkpoint_of_a_clip_gives_its_model_back(tmp_path):
-    model = load("openclip_rn")
+@pytest.mark.parametrize("name", ["openclip_rn", "openclip_convnext"])
+def test_checkpoint_of_a_clip_gives_its_model_back(tmp_path, name):
+    model = load(name)
     files.save(tmp_path / "clip.pt", dict(kind="clip", arch=model.arch, model=model.state_dict(), step=3))
     again = weights.load(tmp_path / "clip.pt", "base", text=False)
     assert again.arch == model.arch and again.info == dict(kind="clip", arch=model.arch, step=3)
-    assert_clip(again, "openclip_rn")
+    assert_clip(again, name)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["openclip_vit", "openclip_rn"])
+@pytest.mark.parametrize("name", ["openclip_vit", "openclip_rn", "openclip_convnext"])
 def test_checkpoint_of_a_classifier_gives_its_model_back(tmp_path, name):
     io = expected(name)
     model = classifier(load(name), io["tokens"][:, None])
@@ -706,6 +825,20 @@ def test_checkpoint_without_a_part_of_its_architecture_is_refused(tmp_path, key)
 def test_clip_checkpoint_with_another_architecture_is_refused(tmp_path, change, word):
     """Catches: Modules are built for hours, or the mean has too few channels until the first image."""
     model = load("openclip_vit")
+    checkpoint = dict(kind="clip", arch=model.arch | change, model=model.state_dict())
+    files.save(tmp_path / "clip.pt", checkpoint)
+    with pytest.raises(ValueError, match=f"clip.pt.*{word}"):
+        weights.load(tmp_path / "clip.pt")
+
+
+@pytest.mark.parametrize("change, word", [
+    (dict(layers=[1, 1, 3000, 1]), "layers in"), (dict(layers=[1, 1, 3, 1]), "blocks.2"),
+    (dict(layers=[1, 1, 1, 1]), "blocks.1"), (dict(widths=[4, 8, 12, 10**12]), ""),
+    (dict(widths=[10**12] * 4), ""), (dict(embed_dim=16), "head.proj"), (dict(mlp_head=True), "mlp.fc1"),
+    (dict(image_size=16), "image_size is 16"), (dict(image_size=10**9), "image_size is 1000000000")], ids=str)
+def test_convnext_checkpoint_with_another_architecture_is_refused(tmp_path, change, word):
+    """Catches: Modules are built for hours, or the first image fills all memory."""
+    model = load("openclip_convnext")
     checkpoint = dict(kind="clip", arch=model.arch | change, model=model.state_dict())
     files.save(tmp_path / "clip.pt", checkpoint)
     with pytest.raises(ValueError, match=f"clip.pt.*{word}"):
@@ -816,7 +949,8 @@ def test_wrong_numbers_of_rope_are_refused(tmp_path, key):
     assert not accepted
 
 
-KINDS = [("gpt", "llama3"), ("clip", "openclip_vit"), ("classifier", "openclip_vit")]
+KINDS = [("gpt", "llama3"), ("clip", "openclip_vit"), ("classifier", "openclip_vit"),
+         ("clip", "openclip_convnext"), ("classifier", "openclip_convnext")]
 
 
 @pytest.mark.parametrize("kind, name", KINDS)
@@ -831,7 +965,7 @@ def test_a_wrong_number_in_a_checkpoint_is_refused_or_harmless(tmp_path, kind, n
             if (key, value) != ("end", -1) and not outcome(path):  # -1: see the test of end tokens
                 loaded.add(key)
     # A classifier has no text tower, and an epsilon of 1.5 is odd but works.
-    assert loaded <= dict(gpt={"end", "eps"}, clip=set(), classifier={"text_width", "text_layers"})[kind]
+    assert loaded <= dict(gpt={"end", "eps"}, clip=set(), classifier={"text_width"})[kind]
 
 
 @pytest.mark.parametrize("kind, name", KINDS[1:])
@@ -843,11 +977,14 @@ def test_wrong_means_of_a_checkpoint_are_refused(tmp_path, kind, name, key):
         assert outcome(path), value
 
 
-def test_wrong_depths_of_a_resnet_are_refused(tmp_path):
-    checkpoint, path = checkpoint_of("classifier", "openclip_rn"), tmp_path / "r.pt"
+@pytest.mark.parametrize("name, key", [("openclip_rn", "layers"), ("openclip_convnext", "layers"),
+                                       ("openclip_convnext", "widths")])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_wrong_depths_and_widths_of_a_convnet_are_refused(tmp_path, name, key):
+    checkpoint, path = checkpoint_of("classifier", name), tmp_path / "r.pt"
     for value in [[], [1], [1, 2, 1], [1, 2, 1, 1, 1], [1, 2, 1, "x"], [1, 2, 1, None], [1, 2, 1, 1.0],
                   [1, 2, 1, 0], [1, 2, 1, -1], [1, 2, 1, []], 5, "x", {}, None, True]:
-        torch.save(checkpoint | dict(arch=checkpoint["arch"] | dict(layers=value)), path)
+        torch.save(checkpoint | dict(arch=checkpoint["arch"] | {key: value}), path)
         assert outcome(path), value
 
 
@@ -1052,7 +1189,7 @@ def test_weights_that_are_replaced_are_not_initialized(monkeypatch):
     assert not any(x.is_meta for x in (*model.parameters(), *model.buffers()))
 
 
-@pytest.mark.parametrize("name", ["llama2", "openclip_vit", "openclip_rn"])
+@pytest.mark.parametrize("name", ["llama2", "openclip_vit", "openclip_rn", "openclip_convnext"])
 def test_loading_draws_no_random_numbers(name):
     """Catches: The same seed gives another run, depending on how the model was loaded."""
     torch.manual_seed(0)
