@@ -3,6 +3,7 @@
 python eval.py --run out/shapes-0                    the models that a training script made without arguments
 python eval.py --reward reward.pt --base laion/CLIP-ViT-B-16-laion2B-s34B-b88K --beta 0.5 1 2
 python eval.py --reward reward.pt --base new.pt --tuned ft.pt --oracle new_ft.pt --picture grid.png
+python eval.py --reward reward.pt --base new.pt --beta 1 auto      auto: chosen on what --hold-out left out
 python eval.py --reward out/gsm8k-prt.pt --base Qwen/Qwen2.5-7B --limit 200
 python eval.py --reward reward.pt --base Qwen/Qwen2.5-7B --prompt "Where does a reward go?"
 python eval.py --reward reward.pt --base Qwen/Qwen2.5-7B --data ifeval.jsonl
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 from models import flags
 
+BETAS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # that --beta auto chooses from
 NUMBER = re.compile(r"#### *(-?[\d,]*\.?\d+)")  # GSM8K's form of an answer
 SHADES = ((4, 203), (2, 209), (1, 216), (0.5, 223), (0.1, 230))  # KL in nats -> terminal color
 COLUMNS = dict(top1=("top-1", "{:.2%}"), form=("parsed", "{:.1%}"), exact=("exact", "{:.1%}"),
@@ -42,8 +44,8 @@ def parse():
     models.add_argument("--ref", help="source base, which the reward was trained on (default: stored in it)")
     models.add_argument("--tuned", help="fine-tuned source base (--method ft): adds a row for EFT")
     models.add_argument("--oracle", help="fine-tuned new base (--method ft): adds the upper bound")
-    models.add_argument("--beta", nargs="+", type=flags.positive(float),
-                        help="divides the reward: smaller adds more; a row each (default: that of training)")
+    models.add_argument("--beta", nargs="+", type=beta, help="divides the reward: smaller adds more; a row for "
+                        "each (default: that of training); auto: the best on held-out training data")
     table.add_argument("--data", help="test data or IFEval's .jsonl (default: the data set of the reward)")
     table.add_argument("--limit", type=flags.positive(int), help="text: use only this many examples")
     table.add_argument("--batch", type=flags.positive(int), default=128, help="batch size (default: 128)")
@@ -68,6 +70,10 @@ def parse():
     if not args.temperature >= 0:
         p.error(f"argument --temperature: {args.temperature} is below 0")
     return args
+
+
+def beta(text):
+    return text if text == "auto" else flags.positive(float)(text)
 
 
 def use_run(args):
@@ -120,11 +126,7 @@ def main():
     args = parse()
     device = runs.setup(args.device)
     models = load_models(args, device)
-    rows = plan(args, models)
-    if models.rewards[0].info["kind"] == "gpt":
-        language(args, device, models, rows)
-    else:
-        image_table(args, device, models, rows)
+    (language if models.rewards[0].info["kind"] == "gpt" else image_table)(args, device, models)
 
 
 def load_models(args, device):
@@ -158,41 +160,67 @@ def load_models(args, device):
     return Models(rewards, base, ref, tuned, oracle)
 
 
-def plan(args, models):
-    """Returns the rows of the table, in order."""
+def held_out_share(args, models):
+    """Returns the share of the training split that --beta auto uses, since no reward was trained on it.
+
+    Raises ValueError if there is none, or if the rewards and --tuned do not have the same one.
+    """
+    trained = [model for model in (*models.rewards, models.tuned) if model]
+    splits = [(model.info["data"], model.info["args"].get("hold_out", 0.0)) for model in trained]
+    for path, (data, share) in zip((*args.reward, args.tuned), splits):
+        if (data, share) != splits[0] or not share:
+            raise ValueError(f"--beta auto: {path} was trained with --data {data} --hold-out {share:g}; all "
+                             "rewards and --tuned must have the same data, and the same --hold-out above 0")
+    return share
+
+
+def plan(args, models, quality):
+    """Returns the rows of the table; quality: function from a Row to its score on held-out data."""
     rewards, base, ref, tuned, oracle = models
+
+    def at_betas(method, terms, ref=None):
+        for beta in args.beta or [None]:
+            if beta == "auto":
+                row = max((tilted_row(method, base, terms, ref, beta) for beta in BETAS), key=quality)
+                yield row._replace(method=f"{method}, beta chosen")
+            else:
+                yield tilted_row(method, base, terms, ref, beta)
+
+    terms = [(model.info["beta"], model) for model in rewards]
     rows = [Row("base alone", None, base, base, [])]
-    groups = [("base + reward (PRT)", rewards)]
-    if len(rewards) > 1:
-        groups = [(f"base + {path} (PRT)", [reward]) for path, reward in zip(args.reward, rewards)]
-        groups.append(("base + sum of rewards", rewards))
-    for method, group in groups:
-        rows += [reward_row(method, base, ref, group, beta) for beta in args.beta or [None]]
+    if len(rewards) == 1:
+        rows += at_betas("base + reward (PRT)", terms, ref)
+    else:
+        for path, term in zip(args.reward, terms):
+            rows += at_betas(f"base + {path} (PRT)", [term], ref)
+        rows += at_betas("base + sum of rewards", terms, ref)
     if ref:
         rows.append(Row("source alone", None, ref, ref, []))
-        rows.append(reward_row("source + reward", ref, None, rewards[:1]))
+        rows.append(tilted_row("source + reward", ref, terms[:1]))
     if tuned:
         rows.append(Row("source fine-tuned", None, ref, tuned, []))
-        rows.append(Row("base + EFT", None, base, base, [(1.0, tuned), (-1.0, ref)]))
+        rows += at_betas("base + EFT", [(tuned.info["beta"], tuned), (-tuned.info["beta"], ref)])
     if oracle:
         rows.append(Row("base fine-tuned", None, base, oracle, []))
     return rows
 
 
-def reward_row(method, base, ref, rewards, beta=None):
-    """Returns the Row of a base and rewards, at one beta or each at the beta that it was trained with.
+def tilted_row(method, base, terms, ref=None, beta=None):
+    """Returns the Row of a base tilted at one beta, or by each reward at the beta that it was trained with.
 
-    ref: the source base or None. With the rewards, it drafts for `base`.
+    terms: (weight, policy) at beta = 1, where a reward's weight is the beta of its training. ref: the source
+    base or None. With the rewards, it drafts for `base`.
     """
-    weighted = [(model.info["beta"] / (beta or model.info["beta"]), model) for model in rewards]
-    return Row(method, beta or rewards[0].info["beta"], base, base, weighted, ref and (ref, weighted))
+    rewards = [(weight / (beta or abs(weight)), policy) for weight, policy in terms]
+    return Row(method, beta or terms[0][0], base, base, rewards, ref and (ref, rewards))
 
 
 # Images
 
-def image_table(args, device, models, rows):
+def image_table(args, device, models):
     """Prints the table of images, and draws the picture."""
-    name = args.data or models.rewards[0].info["data"]
+    info = models.rewards[0].info
+    name = args.data or info["data"]
     view = functools.cache(lambda size: images.load(name, "test", size))  # each model at its own resolution
     data = view(models.rewards[0].arch["image_size"])
     trained = zip((*args.reward, args.tuned, args.oracle), (*models.rewards, models.tuned, models.oracle))
@@ -208,12 +236,27 @@ def image_table(args, device, models, rows):
         return runs.predict(model, view(model.arch["image_size"]).images, args.batch).cpu()
 
     @functools.cache
+    def held_out(size):
+        train = images.load(info["data"], "train", size)
+        _, i = runs.hold_out(len(train.labels), held_out_share(args, models))
+        return train.images[i], train.labels[i]
+
+    @functools.cache
+    def held_out_logits(model):
+        return runs.predict(model, held_out(model.arch["image_size"])[0], args.batch).cpu()
+
+    def quality(row):
+        log_probs = prt.mixture(row.base, row.rewards, held_out_logits)
+        _, labels = held_out(row.base.arch["image_size"])
+        return runs.accuracy(log_probs, labels), -F.nll_loss(log_probs, labels).item()
+
+    @functools.cache
     def cost(*used):
         batches = [view(model.arch["image_size"]).images[:args.batch].to(device) for model in used]
         predict = functools.partial(runs.predict, batch=args.batch)
         return measure(used, lambda: [predict(m, x).cpu() for m, x in zip(used, batches)], device)
 
-    results, answers = [], []
+    results, answers, rows = [], [], plan(args, models, quality)
     for row in rows:
         log_probs = prt.mixture(row.base, row.rewards, logits)
         seconds, mib, _ = cost(row.base, *(model for _, model in row.rewards))
@@ -222,7 +265,8 @@ def image_table(args, device, models, rows):
                             kl=prt.kl(log_probs, logits(row.kl_base)).mean().item(),
                             ms=1000 * seconds / min(args.batch, len(data.labels)), mib=mib))
         answers.append(log_probs.argmax(-1))
-    print_table(args, device, results, dict(data=name, images=len(data.labels)))
+    distance = models.ref and prt.kl(logits(models.ref).log_softmax(-1), logits(models.base)).mean().item()
+    print_table(args, device, results, dict(data=name, images=len(data.labels), kl_of_bases=distance))
     if args.picture:
         with files.atomic(args.picture) as f:
             draw_picture(data, answers[0], answers[1]).save(f, "PNG")
@@ -249,7 +293,7 @@ def draw_picture(data, *answers, columns=8, rows=4, cell=120):
 
 # Text
 
-def language(args, device, models, rows):
+def language(args, device, models):
     """Prints the table of text, or the answers to one prompt, or writes the responses to IFEval's prompts."""
     info, end = models.rewards[0].info, models.rewards[0].arch["end"]
     names = (*args.reward, args.base, args.ref, args.tuned, args.oracle)
@@ -265,6 +309,14 @@ def language(args, device, models, rows):
             raise ValueError(f"{data}: contains an empty prompt, which cannot be continued")
         return generate_answers(args, device, row, prompts, end, room)
 
+    @functools.cache
+    def held_out():
+        trained, share = info["args"], held_out_share(args, models)
+        _, examples = text.load(info["data"], "train")
+        train = text.encode(examples, tokenizer, end, trained["length"], trained["drop"])
+        return batches(train, runs.hold_out(len(train.ids), share)[1][:args.limit], args.batch)
+
+    rows = plan(args, models, lambda row: -runs.score_texts(row.base, row.rewards, held_out())["nll"])
     if args.prompt:
         prompt = to_prompt(args.prompt)
         for row in rows[:2]:
@@ -274,18 +326,24 @@ def language(args, device, models, rows):
         ifeval(args, rows, docs, lambda row: [
             tokenizer.decode(answer) for answer in respond(row, [to_prompt(doc["prompt"]) for doc in docs])])
     else:
-        text_table(args, device, rows, data, respond, tokenizer, end, room)
+        text_table(args, device, models, rows, data, respond, tokenizer, end, room)
 
 
-def text_table(args, device, rows, name, respond, tokenizer, end, room):
+def batches(data, i, size):
+    """Returns the batches of the examples i of Tokens, collated by similar lengths."""
+    order = torch.tensor([len(data.ids[k]) for k in i]).argsort()
+    return [text.collate(data, part) for part in i[order].split(size)]
+
+
+def text_table(args, device, models, rows, name, respond, tokenizer, end, room):
     """Prints the table for text: exact match of generated answers, and NLL and KL of reference answers."""
     is_own_file = args.data and Path(name).is_file()
     examples = text.load(name, "train" if is_own_file else "test")[1][:args.limit]
     prompts = [text.token_ids(parts[:-1], tokenizer, end)[0] for _, parts in examples]
     truth = [final_number(parts[-1][0]) for _, parts in examples]
     data = text.encode(examples, tokenizer, end, room)
-    order = torch.tensor([len(ids) for ids in data.ids]).argsort()
-    batches = [text.collate(data, i) for i in order.split(args.batch)]
+    test_batches = batches(data, torch.arange(len(data.ids)), args.batch)
+    score = functools.partial(runs.score_texts, batches=test_batches)
     results = []
     for row in rows:
         used = [row.base, *(model for _, model in row.rewards)]
@@ -298,9 +356,10 @@ def text_table(args, device, rows, name, respond, tokenizer, end, room):
         rewards = row.rewards if row.base is row.kl_base else [(1.0, row.base), (-1.0, row.kl_base)]
         results.append(dict(method=row.method, beta=row.beta, form=form, exact=exact,
                             error=math.sqrt(exact * (1 - exact) / len(answers)),
-                            **runs.score_texts(row.kl_base, rewards, batches), mib=mib,
+                            **score(row.kl_base, rewards), mib=mib,
                             speed=sum(len(answer) + 1 for answer in answers) / seconds))
-    print_table(args, device, results, dict(data=name, examples=len(examples)))
+    distance = models.ref and score(models.base, [(1.0, models.ref), (-1.0, models.base)])["kl"]
+    print_table(args, device, results, dict(data=name, examples=len(examples), kl_of_bases=distance))
 
 
 def final_number(answer):
@@ -419,7 +478,7 @@ def print_table(args, device, results, about):
     about |= dict(base=args.base, batch=args.batch, device=torch.cuda.get_device_name() if cuda else
                   f"CPU ({torch.get_num_threads()} threads)", dtype="bfloat16" if cuda else "float32",
                   torch=torch.__version__)
-    print("\n" + ", ".join(f"{k} {v}" for k, v in about.items()))
+    print("\n" + ", ".join(f"{k} {v}" for k, v in about.items() if k != "kl_of_bases"))
     width = max(len(result["method"]) for result in results)
     columns = [k for k in COLUMNS if results[0].get(k) is not None]
     print(f"{'':{width}}  {'beta':>5}" + "".join(f"{COLUMNS[k][0]:>10}" for k in columns))
@@ -427,6 +486,9 @@ def print_table(args, device, results, about):
         beta = "" if result["beta"] is None else f"{result['beta']:g}"
         cells = "".join(f"{COLUMNS[k][1].format(result[k]):>10}" for k in columns)
         print(f"{result['method']:{width}}  {beta:>5}{cells}")
+    if about["kl_of_bases"] is not None:
+        print(f"KL(source base || base): {about['kl_of_bases']:.4f} nats. The closer these two are, the more a "
+              "reward does the same to both (Prop. 3.2)")
     if args.json:
         with files.atomic(args.json) as f:
             f.write(json.dumps(about | dict(rewards=args.reward, rows=results), indent=1).encode())

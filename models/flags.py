@@ -37,6 +37,8 @@ def training(doc, tuning, pretraining, stages, warmup):
     recipe.add_argument("--weight-decay", type=float, help=f"of AdamW; paper: 0 {default('weight_decay')}")
     recipe.add_argument("--beta", type=positive(float), default=1.0, help="scale of the reward (default: 1)")
     recipe.add_argument("--alpha", type=float, default=0.0, help="entropy bonus, eq. 12 (default: 0)")
+    recipe.add_argument("--hold-out", type=positive(float, below=1), default=0.0, help="share of the training"
+                        " split to leave to eval.py --beta auto (default: 0)")
     machine.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     machine.add_argument("--compile", action="store_true", help="use torch.compile for the networks")
     return p, run, recipe, machine
@@ -50,11 +52,11 @@ def resolve(args, recipe, **fixed):
     return argparse.Namespace(**vars(args) | recipe | given | fixed)
 
 
-def positive(kind):
-    """Returns an argparse type for finite numbers above 0; kind: int or float."""
+def positive(kind, below=math.inf):
+    """Returns an argparse type for numbers above 0 and below another one; kind: int or float."""
     def number(text):
         value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        if not 0 < value < below:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0 and below {below}")
         return value
     return number

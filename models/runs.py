@@ -151,18 +151,19 @@ def shuffled(step, n, batch, seed):
 
 
 def hold_out(n, share):
-    """Returns the indices of the training examples to train on, and of those to choose beta on: LongTensors.
+    """Returns which of n training examples to train on, and which to hold out: two LongTensors of indices.
 
-    They depend on the number n of examples only, so that eval.py finds them again.
+    They are the same for every seed, and eval.py finds them again.
     """
-    shuffled_once = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    held = round(share * n)
-    return shuffled_once[held:].sort().values, shuffled_once[:held].sort().values
+    random_order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    held_out = int(share * n)
+    return random_order[held_out:].sort().values, random_order[:held_out].sort().values
 
 
 def order(args, n):
-    """Returns the function `indices` of prt.fit that shuffles n examples as the flags say."""
-    return functools.partial(shuffled, n=n, batch=args.batch, seed=args.seed)
+    """Returns the function `indices` of prt.fit that shuffles n examples, without those that are held out."""
+    used, _ = hold_out(n, args.hold_out)
+    return lambda step: used[shuffled(step, len(used), args.batch, args.seed)]
 
 
 @functools.lru_cache(maxsize=2)
