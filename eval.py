@@ -272,7 +272,8 @@ def language(args, device, models, rows):
             print(f"{row.method}:{colored(rows[1], prompt, answer, tokenizer, device)}\n")
     elif docs := ifeval_docs(data, args.limit):
         ifeval(args, rows, docs, lambda row: [
-            tokenizer.decode(answer) for answer in respond(row, [to_prompt(doc["prompt"]) for doc in docs])])
+            tokenizer.decode(answer, first=False)
+            for answer in respond(row, [to_prompt(doc["prompt"]) for doc in docs])])
     else:
         text_table(args, device, rows, data, respond, tokenizer, end, room)
 
@@ -291,7 +292,7 @@ def text_table(args, device, rows, name, respond, tokenizer, end, room):
         used = [row.base, *(model for _, model in row.rewards)]
         # With --compile, all of it runs twice: every batch size and length is compiled before it is measured.
         seconds, mib, answers = measure(used, lambda r=row: respond(r, prompts), device, int(args.compile))
-        numbers = [final_number(tokenizer.decode(answer)) for answer in answers]
+        numbers = [final_number(tokenizer.decode(answer, first=False)) for answer in answers]
         form = statistics.mean(x is not None for x in numbers)
         exact = statistics.mean(x is not None and x == y for x, y in zip(numbers, truth))
         # KL is measured from row.kl_base: another base is written as row.kl_base plus (base - row.kl_base).
@@ -350,7 +351,7 @@ def colored(row, prompt, answer, tokenizer, device):
     plain = "NO_COLOR" in os.environ or not sys.stdout.isatty()
     output, largest, utf8 = "", 0.0, codecs.getincrementaldecoder("utf-8")("replace")
     for token, kl in zip(answer, kls):
-        piece, largest = utf8.decode(tokenizer.encoding.decode_single_token_bytes(token)), max(largest, kl)
+        piece, largest = utf8.decode(tokenizer.bytes[token]), max(largest, kl)
         if piece:  # a character may need several tokens
             color = next((color for limit, color in SHADES if largest >= limit), None)
             output += piece if plain or color is None else f"\033[48;5;{color}m\033[30m{piece}\033[0m"
