@@ -229,7 +229,7 @@ def test_half_of_a_surrogate_pair_in_a_json_file_is_no_error():
 def test_special_tokens_are_not_merged_from_plain_text():
     """Catches: A text that spells </s> ends a response, if merges make it."""
     merges = [["</", "s"], ["<", "/"], ["</s", ">"], *LLAMA2["model"]["merges"]]
-    tokenizer, text = make(llama2(merges, ["</", "</s"])), "a</s>b <s><unk>"
+    tokenizer, text = make(llama2(merges, ["<", ">", "</", "</s"])), "a</s>b <s><unk>"
     assert not {0, 1, 2} & set(tokenizer.encode(text))
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
