@@ -44,7 +44,7 @@ def parse():
     models.add_argument("--ref", help="source base, which the reward was trained on (default: stored in it)")
     models.add_argument("--tuned", help="fine-tuned source base (--method ft): adds a row for EFT")
     models.add_argument("--oracle", help="fine-tuned new base (--method ft): adds the upper bound")
-    models.add_argument("--beta", nargs="+", type=beta, help="divides the reward: smaller adds more; a row for "
+    models.add_argument("--beta", nargs="+", type=beta, help="divides the reward: smaller adds more; one row "
                         "each (default: that of training); auto: the best on held-out training data")
     table.add_argument("--data", help="test data or IFEval's .jsonl (default: the data set of the reward)")
     table.add_argument("--limit", type=flags.positive(int), help="text: use only this many examples")
@@ -324,7 +324,8 @@ def language(args, device, models):
             print(f"{row.method}:{colored(rows[1], prompt, answer, tokenizer, device)}\n")
     elif docs := ifeval_docs(data, args.limit):
         ifeval(args, rows, docs, lambda row: [
-            tokenizer.decode(answer) for answer in respond(row, [to_prompt(doc["prompt"]) for doc in docs])])
+            tokenizer.decode(answer, first=False)
+            for answer in respond(row, [to_prompt(doc["prompt"]) for doc in docs])])
     else:
         text_table(args, device, models, rows, data, respond, tokenizer, end, room)
 
@@ -349,7 +350,7 @@ def text_table(args, device, models, rows, name, respond, tokenizer, end, room):
         used = [row.base, *(model for _, model in row.rewards)]
         # With --compile, all of it runs twice: every batch size and length is compiled before it is measured.
         seconds, mib, answers = measure(used, lambda r=row: respond(r, prompts), device, int(args.compile))
-        numbers = [final_number(tokenizer.decode(answer)) for answer in answers]
+        numbers = [final_number(tokenizer.decode(answer, first=False)) for answer in answers]
         form = statistics.mean(x is not None for x in numbers)
         exact = statistics.mean(x is not None and x == y for x, y in zip(numbers, truth))
         # KL is measured from row.kl_base: another base is written as row.kl_base plus (base - row.kl_base).
@@ -409,7 +410,7 @@ def colored(row, prompt, answer, tokenizer, device):
     plain = "NO_COLOR" in os.environ or not sys.stdout.isatty()
     output, largest, utf8 = "", 0.0, codecs.getincrementaldecoder("utf-8")("replace")
     for token, kl in zip(answer, kls):
-        piece, largest = utf8.decode(tokenizer.encoding.decode_single_token_bytes(token)), max(largest, kl)
+        piece, largest = utf8.decode(tokenizer.bytes[token]), max(largest, kl)
         if piece:  # a character may need several tokens
             color = next((color for limit, color in SHADES if largest >= limit), None)
             output += piece if plain or color is None else f"\033[48;5;{color}m\033[30m{piece}\033[0m"
@@ -487,8 +488,8 @@ def print_table(args, device, results, about):
         cells = "".join(f"{COLUMNS[k][1].format(result[k]):>10}" for k in columns)
         print(f"{result['method']:{width}}  {beta:>5}{cells}")
     if about["kl_of_bases"] is not None:
-        print(f"KL(source base || base): {about['kl_of_bases']:.4f} nats. The closer these two are, the more a "
-              "reward does the same to both (Prop. 3.2)")
+        print(f"KL(source base || base): {about['kl_of_bases']:.4f} nats. The closer the two, the more a reward "
+              "does the same to both (Prop. 3.2)")
     if args.json:
         with files.atomic(args.json) as f:
             f.write(json.dumps(about | dict(rewards=args.reward, rows=results), indent=1).encode())

@@ -118,12 +118,12 @@ def segments(name, row):
 
 def token_ids(parts, tokenizer, end):
     """Returns an example's ids, from tokenizer.begin on, and for each of them if the loss includes it."""
-    ids, counts = list(tokenizer.begin), [False] * len(tokenizer.begin)
+    ids, counts = [], []
     for text, counted in parts:
-        part = tokenizer.encode(text) + ([end] if counted else [])
+        part = tokenizer.encode(text, first=not ids) + ([end] if counted else [])
         ids += part
         counts += [counted] * len(part)
-    return ids, counts
+    return tokenizer.begin + ids, [False] * len(tokenizer.begin) + counts
 
 
 def encode(examples, tokenizer, end, length, drop=False):
@@ -147,7 +147,8 @@ def blocks(examples, tokenizer, end, length):
     """Returns Tokens in blocks of `length` ids: the texts, each with an end token, without the remainder."""
     ids = []
     for _, parts in examples:
-        ids += [i for text, _ in parts for i in tokenizer.encode(text)] + [end]
+        texts = [text for text, _ in parts if text]
+        ids += [i for n, text in enumerate(texts) for i in tokenizer.encode(text, first=n == 0)] + [end]
     ids = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     if length < 2 or not len(ids):
         raise ValueError(f"--length {length}: must be at least 2 and at most the text's number of tokens")

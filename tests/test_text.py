@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 import torch
 from bench import padding
-from conftest import ROOT
+from conftest import FIXTURES, ROOT
 
 from data import text
 from models import runs
@@ -20,6 +20,7 @@ from models.tokenizer import Tokenizer
 
 SMALL = (ROOT / "data/tokenizer.json").read_text()
 TOKENIZER = Tokenizer(SMALL, "small")
+LLAMA2 = Tokenizer((FIXTURES / "llama2_tokenizer" / "tokenizer.json").read_text("utf-8"), "llama2")
 END = TOKENIZER.size - 1
 GOOD = json.dumps(dict(prompt="a", response="b"))
 
@@ -111,6 +112,19 @@ def test_a_prompt_has_the_same_tokens_in_training_and_in_use(tmp_path, source):
     prompt = whole[len(before):len(whole) - len(after)]
     assert template.replace("{}", prompt) == whole
     assert TOKENIZER.encode(whole) == text.token_ids(parts, TOKENIZER, END)[0]
+    assert LLAMA2.begin + LLAMA2.encode(whole) == text.token_ids(parts, LLAMA2, 2)[0]
+
+
+def test_only_the_first_segment_begins_with_the_space_of_sentencepiece():
+    """Catches: Every segment begins with a space, which the text of a model's training has only at its start.
+
+    A segment without text is not the first.
+    """
+    parts = [("", False), ("Hi\n", False), ("people", True), ("\nno", False), (" people", True)]
+    ids, _ = text.token_ids(parts, LLAMA2, 2)
+    assert b"".join(LLAMA2.bytes[i] for i in ids) == b"<s> Hi\npeople</s>\nno people</s>"
+    ids = torch.cat(text.blocks([("a", parts), ("b", parts[2:3])], LLAMA2, 2, 2).ids).tolist()
+    assert b"".join(LLAMA2.bytes[i] for i in ids).startswith(b" Hi\npeople\nno people</s> people")
 
 
 # Other readers

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import (
     EVAL_LM,
+    FIXTURES,
     NEW,
     OLD,
     ORACLE,
@@ -121,6 +122,27 @@ def test_a_reward_may_start_from_another_model_than_its_base(tmp_path, table):
     assert same(out, NEW, atol=1e-7)
     assert [row["method"] for row in table(*EVAL_LM, "--reward", out, "--data", "sums.jsonl")] == [
         "base alone", "base + reward (PRT)", "source alone", "source + reward"]
+
+
+def test_a_llama_with_its_sentencepiece_tokenizer_is_tuned_resumed_and_asked(tmp_path, capsys, table):
+    """Catches: One of the scripts cannot use the tokenizer, or answers lose the spaces between words."""
+    base, whole, resumed = FIXTURES / "stories260k", tmp_path / "whole.pt", tmp_path / "resumed.pt"
+    command = (*TRAIN_LM, "--base", base, "--data", "talk.jsonl", "--steps", 2, "--batch", 4, "--lr", 1e-9)
+    assert call(*command, "--out", whole) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch)
+        with pytest.raises(KeyboardInterrupt):
+            call(*command, "--out", resumed)
+    assert call(*command, "--out", resumed, "--resume") == 0
+    assert same(whole, resumed)
+    command = ("eval.py", "--reward", whole, "--base", base, "--device", "cpu", "--beta", 1e9)
+    capsys.readouterr()
+    for options in ((), ("--speculative",)):
+        assert call(*command, "--prompt", "Once upon a time,", "--new-tokens", 32, *options) == 0
+        alone, tilted = capsys.readouterr().out.strip().split("\n\nbase + reward (PRT):")
+        assert alone == f"base alone:{tilted}"  # a reward of almost no weight
+        assert re.search("[a-z] [a-z]+ [a-z]", tilted)
+    assert len(table(*command, "--data", "talk.jsonl", "--new-tokens", 8)) == 4
 
 
 def test_recompute_and_chunk_change_memory_and_not_the_weights(tmp_path, monkeypatch):
