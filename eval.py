@@ -488,8 +488,8 @@ def print_table(args, device, results, about):
         cells = "".join(f"{COLUMNS[k][1].format(result[k]):>10}" for k in columns)
         print(f"{result['method']:{width}}  {beta:>5}{cells}")
     if about["kl_of_bases"] is not None:
-        print(f"KL(source base || base): {about['kl_of_bases']:.4f} nats. The closer the two, the more a reward "
-              "does the same to both (Prop. 3.2)")
+        print(f"KL(source base || base): {about['kl_of_bases']:.4f} nats; the closer they are, the more a "
+              "reward does the same to both (Prop. 3.2)")
     if args.json:
         with files.atomic(args.json) as f:
             f.write(json.dumps(about | dict(rewards=args.reward, rows=results), indent=1).encode())

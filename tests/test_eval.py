@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
     EVAL,
     EVAL_LM,
@@ -35,14 +36,15 @@ from conftest import (
 from PIL import Image
 
 import prt
-from data import text
+from data import files, images, text
 from eval import COLUMNS
-from models import decode
+from models import decode, runs, weights
+from models.clip import classifier
 from models.tokenizer import Tokenizer
 
 METHODS = ["base alone", "base + reward (PRT)", "source alone", "source + reward", "source fine-tuned",
            "base + EFT", "base fine-tuned"]
-TWO_BETAS = ["base alone", "base + reward (PRT)", *METHODS[1:]]
+TWO_BETAS = [*METHODS[:2], *METHODS[1:6], *METHODS[5:]]
 RUN = "out/shapes-0"
 RUN_LM = ("eval.py", "--run", "out/arithmetic-0", "--limit", 2, "--new-tokens", 4, "--device", "cpu")
 
@@ -70,7 +72,7 @@ def image_report(shapes, tmp_path_factory):
 def test_the_table_of_images_has_a_row_for_each_way_to_use_the_models(image_report):
     about, printed = image_report
     assert [row["method"] for row in about["rows"]] == TWO_BETAS
-    assert [row["beta"] for row in about["rows"]] == [None, 0.5, 1, None, 1, None, None, None]
+    assert [row["beta"] for row in about["rows"]] == [None, 0.5, 1, None, 1, None, 0.5, 1, None]
     assert about["data"] == "shapes" and about["images"] == 64 and about["base"] == f"{RUN}/new.pt"
     for row in about["rows"]:
         assert row["method"] in printed and f"{row['top1']:.2%}" in printed
@@ -90,6 +92,103 @@ def test_several_rewards_for_images_add_up(in_shapes, image_report, table):
     assert abs(total["nll"] - half["nll"]) < 1e-5 and abs(total["kl"] - half["kl"]) < 1e-5
 
 
+# Beta chosen on held-out data
+
+@pytest.fixture(scope="module")
+def held_out(tiny, tmp_path_factory):
+    """Paths of a reward and a fine-tuned model for images that leave out 40% of the training split."""
+    root = tmp_path_factory.mktemp("held-out")
+    train = ["train_vision.py", "--data", tiny.data, "--base", tiny.old, "--steps", 8, "--batch", 4,
+             "--lr", 1e-2, "--warmup", 0, "--hold-out", 0.4, "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "CACHE", tiny.root / "cache")
+        for method in ("prt", "ft"):
+            assert call(*train, "--method", method, "--out", root / f"{method}.pt") == 0
+    return SimpleNamespace(reward=root / "prt.pt", tuned=root / "ft.pt")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("betas", [(0.25, 0.5, 1.0, 2.0, 4.0, 8.0), (8.0, 1 / 64)])
+def test_beta_auto_is_the_best_on_held_out_images(tiny, held_out, table, monkeypatch, betas):
+    """Catches: beta is chosen on the test split, or on images that the reward was trained on."""
+    monkeypatch.setattr(files, "CACHE", tiny.root / "cache")
+    monkeypatch.setattr(eval_script, "BETAS", betas)
+    rows = table("eval.py", "--reward", held_out.reward, "--base", tiny.new, "--tuned", held_out.tuned,
+                 "--beta", 1, "auto", "--device", "cpu")
+    train = images.load(str(tiny.data), "train", 32)
+    _, i = runs.hold_out(len(train.labels), 0.4)
+    assert len(i) == 3
+    prompts = images.prompts(train.classes, train.templates)
+    base, ref = (classifier(weights.load(path), prompts)(train.images[i]) for path in (tiny.new, tiny.old))
+    reward, tuned = (weights.load(path)(train.images[i]) for path in (held_out.reward, held_out.tuned))
+    for name, r in {"base + reward (PRT)": prt.reward(reward), "base + EFT": prt.reward(tuned, ref)}.items():
+        def quality(beta, r=r):
+            log_probs = prt.tilt(base, r, beta)
+            return runs.accuracy(log_probs, train.labels[i]), -F.nll_loss(log_probs, train.labels[i])
+        assert [row["beta"] for row in rows if row["method"] == name] == [1]
+        assert [row["beta"] for row in rows if row["method"] == f"{name}, beta chosen"] == [
+            max(betas, key=quality)]
+
+
+def test_every_beta_has_a_row_of_eft(shapes, image_report):
+    """At the beta of its training, 1 here, EFT adds the log-ratio of two networks; at 0.5, twice of it."""
+    rows = {row["beta"]: row for row in image_report[0]["rows"] if row["method"] == "base + EFT"}
+    assert rows.keys() == {0.5, 1}
+    assert rows[0.5]["kl"] > rows[1]["kl"] > 0
+
+
+def test_beta_auto_is_the_best_on_held_out_problems(in_texts, tmp_path, table):
+    """Catches: Other problems are used than those that training left out, or the worst beta is chosen."""
+    path = tmp_path / "held-out.pt"
+    command = (*TUNE_LM, "--data", "sums.jsonl", "--hold-out", 0.25, "--steps", 4, "--lr", 3e-2)
+    assert call(*command, "--out", path) == 0
+    rows = table(*EVAL_LM, "--reward", path, "--data", "sums.jsonl", "--beta", "auto", "--limit", 4)
+    examples = text.load("sums.jsonl", "train")[1]
+    tokenizer, end = Tokenizer(read(OLD)["tokenizer"], "old"), read(OLD)["arch"]["end"]
+    data = text.encode(examples, tokenizer, end, 1024)
+    _, held = runs.hold_out(len(examples), 0.25)
+    assert len(held) == 6
+    base, reward = weights.load(NEW), weights.load(path)
+    batches = [text.collate(data, held[:4])]
+    nll = {beta: runs.score_texts(base, [(1 / beta, reward)], batches)["nll"] for beta in eval_script.BETAS}
+    row, = (row for row in rows if row["method"] == "base + reward (PRT), beta chosen")
+    assert row["beta"] == min(nll, key=nll.get)
+    assert len(set(nll.values())) == len(nll)
+
+
+def test_beta_auto_is_refused_where_training_left_nothing_out(tiny, held_out, monkeypatch, capfd):
+    """Catches: beta is chosen on examples that the reward has learned by heart."""
+    monkeypatch.setattr(files, "CACHE", tiny.root / "cache")
+    command = ("eval.py", "--base", tiny.new, "--beta", "auto", "--device", "cpu", "--reward")
+    for options, name in (([tiny.reward], tiny.reward), ([held_out.reward, "--tuned", tiny.ft], tiny.ft),
+                          ([held_out.reward, tiny.reward], tiny.reward)):
+        capfd.readouterr()
+        one_line(call(*command, *options), capfd.readouterr().err, "--beta auto", name, "--hold-out 0")
+
+
+# The distance of the bases
+
+@torch.no_grad()
+def test_the_kl_between_the_bases_is_below_the_table_of_images(in_shapes, report, capsys):
+    """Catches: The direction of the KL is reversed, or another model is compared."""
+    about = report("eval.py", "--run", RUN, "--device", "cpu")
+    data = images.load("shapes", "test", 32)
+    prompts = images.prompts(data.classes, data.templates)
+    old, new = (classifier(weights.load(f"{RUN}/{name}.pt"), prompts)(data.images) for name in ("old", "new"))
+    old, new = old.log_softmax(-1), new.log_softmax(-1)
+    expected = F.kl_div(new, old, log_target=True, reduction="batchmean").item()
+    assert about["kl_of_bases"] == pytest.approx(expected, rel=1e-4)
+    assert expected != pytest.approx(prt.kl(new, old).mean().item(), rel=1e-2)
+    assert f"KL(source base || base): {expected:.4f} nats" in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_the_kl_between_the_bases_is_below_the_table_of_text(in_texts, report, capsys):
+    about = report(*EVAL_LM, "--limit", 8)
+    assert about["kl_of_bases"] > 0.001
+    assert f"KL(source base || base): {about['kl_of_bases']:.4f} nats" in capsys.readouterr().out
+    assert report(*EVAL_LM, "--limit", 8, "--base", OLD)["kl_of_bases"] == pytest.approx(0, abs=1e-6)
+
+
 # Tables of text
 
 @pytest.fixture(scope="module")
@@ -104,7 +203,7 @@ def text_report(texts, tmp_path_factory):
 def test_the_table_of_text_has_a_row_for_each_way_to_use_the_models(text_report):
     about, printed = text_report
     assert [(row["method"], row["beta"]) for row in about["rows"]] == list(
-        zip(TWO_BETAS, (None, 0.5, 1, None, 1, None, None, None)))
+        zip(TWO_BETAS, (None, 0.5, 1, None, 1, None, 0.5, 1, None)))
     assert about["examples"] == 8 and about["base"] == NEW and about["rewards"] == [REWARD]
     for row in about["rows"]:
         assert row["nll"] > 0 and row["speed"] > 0
@@ -339,7 +438,7 @@ def test_ifeval_gets_a_response_to_each_prompt_in_order(respond, capsys):
     responses = {path.name: lines(path) for path in folder.iterdir()}
     assert responses.keys() == {"base-alone.jsonl", "base-reward-prt-1.jsonl", "base-reward-prt-0.5.jsonl",
                                 "source-alone.jsonl", "source-reward-1.jsonl", "source-fine-tuned.jsonl",
-                                "base-eft.jsonl"}
+                                "base-eft-1.jsonl", "base-eft-0.5.jsonl"}
     assert all(str(folder / name) in printed for name in responses)
     for rows in responses.values():
         assert [row["prompt"] for row in rows] == [doc["prompt"] for doc in IFEVAL]
@@ -402,7 +501,7 @@ def test_the_reward_drafts_with_its_source_for_the_base_that_it_is_added_to(in_t
     (reward,), base, ref, tuned, _ = models
     two, one = [(2.0, reward)], [(1.0, reward)]
     assert decoded == [(base, two, (ref, two)), (base, one, (ref, one)), (ref, one, None),
-                       (base, [(1.0, tuned), (-1.0, ref)], None)]
+                       (base, [(2.0, tuned), (-2.0, ref)], None), (base, [(1.0, tuned), (-1.0, ref)], None)]
 
 
 def test_several_rewards_draft_together_with_their_source(in_texts, tmp_path, drafters):

@@ -23,10 +23,11 @@ NO_DEFAULT = {
                 "speculative", "compile"}}
 GROUPS = {
     "train_vision.py": dict(run="base method out resume seed data size",
-                            recipe="steps batch accum lr warmup weight_decay beta alpha augment",
+                            recipe="steps batch accum lr warmup weight_decay beta alpha hold_out augment",
                             machine="device compile"),
     "train_lm.py": dict(run="base method out resume seed data reward_init size",
-                        recipe="steps batch accum lr warmup weight_decay beta alpha epochs length drop",
+                        recipe="steps batch accum lr warmup weight_decay beta alpha hold_out epochs length "
+                               "drop",
                         machine="device compile recompute chunk"),
     "eval.py": {"models": "run reward base ref tuned oracle beta",
                 "table": "data limit batch json picture device",
@@ -208,6 +209,13 @@ def test_a_positive_number_is_read(kind, text, value):
 def test_a_number_that_is_not_above_zero_and_finite_is_refused(kind, text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"^{text} is not above 0"):
         flags.positive(kind)(text)
+
+
+@pytest.mark.parametrize("text", ["0", "1", "1.5", "nan"])
+def test_a_share_is_below_one(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^{text} is not above 0 and below 1$"):
+        flags.positive(float, below=1)(text)
+    assert flags.positive(float, below=1)("0.2") == 0.2
 
 
 @pytest.mark.parametrize("kind, text", [(int, "1.5"), (int, "x"), (float, "x"), (float, "")])

@@ -226,6 +226,27 @@ def test_a_batch_may_be_larger_than_the_data():
     assert len(runs.shuffled(0, 5, 16, 0)) == 16
 
 
+@pytest.mark.parametrize("share, n", [(0.0, 0), (0.2, 8), (0.99, 39)])
+def test_held_out_examples_are_never_trained_on(share, n):
+    """Catches: beta is chosen on examples that the reward was trained on, or some examples are lost."""
+    used, held_out = runs.hold_out(40, share)
+    assert len(held_out) == n and torch.equal(torch.cat([used, held_out]).sort().values, torch.arange(40))
+    indices = runs.order(argparse.Namespace(hold_out=share, batch=8, seed=3), 40)
+    seen = torch.cat([indices(step) for step in range(10)])
+    assert set(seen.tolist()) == set(used.tolist())
+
+
+def test_the_same_examples_are_held_out_for_every_seed():
+    (_, first), (_, again) = runs.hold_out(40, 0.5), runs.hold_out(40, 0.5)
+    assert torch.equal(first, again) and not torch.equal(first, torch.arange(20))
+
+
+def test_without_hold_out_the_batches_are_those_of_all_examples():
+    """Catches: Runs of older commits cannot be repeated."""
+    indices = runs.order(argparse.Namespace(hold_out=0.0, batch=16, seed=3), 40)
+    assert all(torch.equal(indices(step), runs.shuffled(step, 40, 16, 3)) for step in range(5))
+
+
 # Checkpoints
 
 def arguments(path, **changes):
