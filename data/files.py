@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import re
+import shutil
 import urllib.error
 import urllib.request
 import zipfile
@@ -141,10 +142,8 @@ def download(url, path):
         opener = urllib.request.build_opener(Redirect)
         with opener.open(request, timeout=30) as response, atomic(path) as f:
             total = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-                while chunk := response.read(1 << 20):
-                    f.write(chunk)
-                    bar.update(len(chunk))
+            with tqdm.wrapattr(response, "read", total, desc=path.name, disable=None) as stream:
+                shutil.copyfileobj(stream, f)
             if total and f.tell() != total:
                 raise OSError(f"the connection ended after {f.tell()} of {total} bytes")
             f.seek(0)
