@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import re
+import shutil
 import urllib.error
 import urllib.request
 import zipfile
@@ -47,7 +48,7 @@ def explain(prefix, *kinds):
     try:
         yield
     except kinds as error:
-        raise ValueError(f"{prefix}: {' '.join(str(error).split()):.400}") from None
+        raise ValueError(f"{prefix}: {first_line(error):.400}") from None
 
 
 @contextlib.contextmanager
@@ -76,34 +77,28 @@ def read(path, lazy=False):
     Unpickles with weights_only=True. lazy: a file of torch.save is read on first use of its tensors. Raises
     ValueError if the file is damaged.
     """
-    if Path(path).suffix == ".safetensors":
-        return read_safetensors(path)
-    try:
-        with open(path, "rb") as f:
-            names = zipfile.ZipFile(f).namelist() if zipfile.is_zipfile(f) else []
+    # torch has no common class for what a damaged file can raise.
+    with open(path, "rb") as f, explain(f"{path}: damaged, truncated, or not a checkpoint", Exception):
+        if Path(path).suffix == ".safetensors":
+            return read_safetensors(f)
+        names = zipfile.ZipFile(f).namelist() if zipfile.is_zipfile(f) else []
         if any(name.endswith("/constants.pkl") for name in names):  # OpenAI's own files
             return torch.jit.load(path, map_location="cpu").state_dict()
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
         if not isinstance(content, dict):
             raise TypeError(f"it holds a {type(content).__name__}, not a dict")
         return content
-    except OSError:
-        raise
-    except Exception as error:  # torch has no common class for what a damaged file can raise
-        raise ValueError(f"{path}: damaged, truncated, or not a checkpoint ({first_line(error)})") from None
 
 
-def read_safetensors(path):
+def read_safetensors(f):
     """Returns name -> tensor from a private memory map: reads on first use, and never writes to the file."""
-    with open(path, "rb") as f:
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY) if os.path.getsize(path) else b""
-    with explain(f"{path}: damaged or truncated safetensors file", *DAMAGE):
-        start = 8 + int.from_bytes(data[:8], "little")
-        if start > len(data):
-            raise ValueError(f"its header ends at byte {start} of {len(data)}")
-        header = json.loads(data[8:start])
-        header.pop("__metadata__", None)
-        return {name: safetensors_entry(data, start, name, **entry) for name, entry in header.items()}
+    data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = 8 + int.from_bytes(data[:8], "little")
+    if start > len(data):
+        raise ValueError(f"its header ends at byte {start} of {len(data)}")
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    return {name: safetensors_entry(data, start, name, **entry) for name, entry in header.items()}
 
 
 def safetensors_entry(data, start, name, dtype, shape, data_offsets):
@@ -147,10 +142,8 @@ def download(url, path):
         opener = urllib.request.build_opener(Redirect)
         with opener.open(request, timeout=30) as response, atomic(path) as f:
             total = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-                while chunk := response.read(1 << 20):
-                    f.write(chunk)
-                    bar.update(len(chunk))
+            with tqdm.wrapattr(response, "read", total, desc=path.name, disable=None) as stream:
+                shutil.copyfileobj(stream, f)
             if total and f.tell() != total:
                 raise OSError(f"the connection ended after {f.tell()} of {total} bytes")
             f.seek(0)
@@ -186,4 +179,5 @@ class Redirect(urllib.request.HTTPRedirectHandler):
 
 
 def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+    """Returns an error's first sentence, without the stack or the advice that may follow it."""
+    return re.split(r"\. (?=[A-Z])", (str(error).strip() or type(error).__name__).splitlines()[0])[0]

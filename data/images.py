@@ -203,9 +203,8 @@ def tar_members(path):
     damaged = files.explain(f"{path}: damaged or truncated tar", tarfile.TarError)
     with damaged, tarfile.open(path, "r:") as tar:
         members = {member.name: member for member in tar if member.isfile() and not member.issparse()}
-    with open(path, "rb") as f:
-        f.seek(tar.offset)  # tarfile silently stops at damage: nothing but the end mark may follow
-        rest = f.read(1 << 20)
+        tar.fileobj.seek(tar.offset)  # tarfile silently stops at damage: nothing but the end mark may follow
+        rest = tar.fileobj.read(1 << 20)
     if any(rest) or len(rest) < 1024:
         raise ValueError(f"{path}: tar truncated or damaged at byte {tar.offset}")
     return members

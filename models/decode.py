@@ -66,15 +66,13 @@ def draft(drafter, caches, new, at, k, ended, end, distribution, generator, comp
     draft.
     """
     base, rewards = drafter
-    drafts, q, logits = [], [], []
-    while True:
-        logits.append(next_logits(caches, new, at, 1, compile))
-        if len(drafts) == k or (end is not None and ended.all()):
-            break
+    drafts, q, logits = [], [], [next_logits(caches, new, at, 1, compile)]
+    while len(drafts) < k and not (end is not None and ended.all()):
         q.append(distribution(prt.mixture(base, rewards, logits[-1].get)))
         at, new = at + new.shape[1], sample(q[-1], generator)  # [B, 1]
         drafts.append(new)
         ended = ended | (new[:, 0] == end)
+        logits.append(next_logits(caches, new, at, 1, compile))
     x = logits[0][base]  # [B, 1, V]
     return (torch.cat([new[:, :0], *drafts], 1), torch.cat([x[:, :0], *q], 1),
             {policy: torch.cat([step[policy] for step in logits], 1) for policy in caches})
