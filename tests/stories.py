@@ -1,0 +1,105 @@
+"""PRT on real language weights: stories260K, a GPT of 260,000 parameters, learns to tell in the first person.
+
+python tests/stories.py write tinystories.json stories     a list of TinyStories -> stories/{book,train,test}
+python tests/stories.py count stories --reward s/reward.pt --base s/new.pt --tuned s/tuned.pt
+
+`write` puts a fifth of the stories, those with one person, into the first person, after their first sentence,
+which is the prompt; book.txt holds all others as they are. `count` prints how many of the stories that the
+models sample for the test prompts are told in the first person: outside of quotation marks, "I" is more
+frequent than "he" and "she" together. The README has the commands in between.
+"""
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import prt
+from data import text
+from models import decode, runs, weights
+
+PRONOUNS = {r"[Ss]he|[Hh]e": "I", r"(?:her|him)(?=[.,;!?]| and | to | that | with | for )": "me",
+            "her|his": "my", "Her|His": "My", "him": "me", "herself|himself": "myself"}
+
+
+def told(story):
+    """Returns a story without what is in quotation marks."""
+    return " ".join(story.split('"')[::2])
+
+
+def count(words, story):
+    return len(re.findall(rf"\b(?:{words})\b", told(story)))
+
+
+def first_person(story):
+    """Returns (first sentence, the rest in the first person), or None if it has no or several persons."""
+    match = re.search(r"named (\w+)\b.*?[.!?]\s+", story, re.S)
+    she, he = count("[Ss]he|[Hh]er", story), count("[Hh]e|[Hh]is|[Hh]im", story)
+    if not match or max(she, he) < 3 or min(she, he) > 0:
+        return None
+    parts = story[match.end():].split('"')
+    for words, replacement in {rf"{match[1]}'s": "my", match[1]: "I", **PRONOUNS}.items():
+        parts[::2] = [re.sub(rf"\b(?:{words})(?!\w)", replacement, part) for part in parts[::2]]
+    return story[:match.end()].strip(), '"'.join(parts)
+
+
+def write(source, folder):
+    """Writes train.jsonl, test.jsonl, and book.txt; every fourth converted story is for the test."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stories = json.loads(source.read_text("utf-8"))
+    converted = {story: pair for story in stories if (pair := first_person(story))}
+    rows = [json.dumps(dict(prompt=prompt, response=" " + rest)) for prompt, rest in converted.values()]
+    for name, part in dict(train=[row for i, row in enumerate(rows) if i % 4], test=rows[::4]).items():
+        (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n", "utf-8")
+    others = [story for story in stories if story not in converted]
+    (folder / "book.txt").write_text("\n\n".join(others), "utf-8")
+    print(f"{len(rows)} stories in the first person, {len(others)} others")
+
+
+@torch.no_grad()
+def score(args):
+    """Prints the share of sampled stories in the first person, with a standard error."""
+    reward, base = weights.load(args.reward, "prt"), weights.load(args.base, "base")
+    ref, tuned = weights.load(reward.info["source"]), weights.load(args.tuned, "ft")
+    tokenizer, end = weights.same_vocabulary({"reward": reward, "base": base}), reward.arch["end"]
+    rows = {"source alone": (ref, []), "source fine-tuned": (tuned, []), "new alone": (base, []),
+            "new + reward (PRT)": (base, [(reward.info["beta"] / args.beta, reward)]),
+            "new + EFT": (base, [(1 / args.beta, tuned), (-1 / args.beta, ref)])}
+    examples = text.load(str(args.folder), "test")[1]
+    prompts = [text.token_ids(parts[:1], tokenizer, end)[0] for _, parts in examples]
+    longest = max(map(len, prompts))
+    pad = torch.tensor([longest - len(ids) for ids in prompts])
+    ids = torch.tensor([[end] * (longest - len(ids)) + ids for ids in prompts])  # [B, T]
+    for name, (model, rewards) in rows.items():
+        draw = decode.sampler(args.temperature, generator=torch.Generator().manual_seed(0))
+        out = prt.generate(model, rewards, ids, length=512 - longest, end=end, pad=pad, draw=draw)
+        answers = [row[:row.index(end)] if end in row else row for row in out[:, longest:].tolist()]
+        stories = [tokenizer.decode(row, first=False) for row in answers]
+        share = sum(count("I", story) > count("[Ss]he|[Hh]e", story) for story in stories) / len(stories)
+        error = (share * (1 - share) / len(stories)) ** 0.5
+        print(f"{name:20}{share:6.0%} +- {error:.0%}   {stories[0][:200]!r}")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
+    writing, counting = commands.add_parser("write"), commands.add_parser("count")
+    writing.add_argument("source", type=Path)
+    for parser in (writing, counting):
+        parser.add_argument("folder", type=Path)
+    for flag in ("reward", "base", "tuned"):
+        counting.add_argument(f"--{flag}", required=True)
+    counting.add_argument("--beta", type=float, default=1.0)
+    counting.add_argument("--temperature", type=float, default=0.7)
+    args = p.parse_args()
+    if args.command == "write":
+        write(args.source, args.folder)
+    else:
+        score(args)
+
+
+if __name__ == "__main__":
+    runs.main(main)
