@@ -1140,7 +1140,7 @@ def memory(tmp_path_factory):
 
     Of a small one, one with a damaged head width, and large ones in two types, in the order of their growth.
     """
-    folders = dict(first=FIXTURES / "llama2")  # the first model also loads libraries, with CUDA's some 100 MiB
+    folders = dict(first=FIXTURES / "llama2")  # loads libraries, too: some 100 MiB in a build with CUDA
     folders |= dict(damaged=edited(tmp_path_factory.mktemp("damaged"), "llama2", head_dim=5 * 10**7))
     for code, itemsize, vocab in ("BF16", 2, 24 << 10), ("F32", 4, 48 << 10):
         folders[code] = edited(tmp_path_factory.mktemp(code), "llama2", vocab_size=vocab, hidden_size=512,
