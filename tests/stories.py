@@ -48,8 +48,10 @@ def first_person(story):
 
 def write(source, folder):
     """Writes train.jsonl, test.jsonl, and book.txt; every fourth converted story is for the test."""
-    folder.mkdir(parents=True, exist_ok=True)
     stories = json.loads(source.read_text("utf-8"))
+    if not isinstance(stories, list) or not all(isinstance(story, str) for story in stories):
+        raise ValueError(f"{source}: not a JSON list of texts")
+    folder.mkdir(parents=True, exist_ok=True)
     converted = {story: pair for story in stories if (pair := first_person(story))}
     rows = [json.dumps(dict(prompt=prompt, response=" " + rest)) for prompt, rest in converted.values()]
     for name, part in dict(train=[row for i, row in enumerate(rows) if i % 4], test=rows[::4]).items():

@@ -3,9 +3,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import calibration
 import pytest
 import real_weights
 import torch
+import torch.nn.functional as F
 from conftest import one_line, write_webdataset
 from torch import nn
 
@@ -142,6 +144,44 @@ def test_the_table_has_a_row_for_each_way_and_the_mean_of_the_seeds(in_folder, c
     assert [line[:22].rstrip() for line in lines[start + 1:start + 9]] == titles
     assert "1/1" in lines[start + 5] and lines[start + 8].split()[5] == "3"
     assert [line.split(",")[0] for line in lines[start + 9:]] == ["new + PRT"] * 2
+
+
+def test_the_look_at_held_out_images_never_reads_the_test_split(in_folder, capsys, monkeypatch):
+    """Catches: The calibrated rows are the plain ones, or choices are made on the test split."""
+    parts, photographs = [], real_weights.photographs
+    monkeypatch.setattr(real_weights, "photographs", lambda args, part, size: (
+        parts.append(part), photographs(args, part, size))[1])
+    small = dict(old="a", new="bb", size=(16, 16))
+    monkeypatch.setattr(calibration, "SETTINGS", calibration.SETTINGS | small)
+    monkeypatch.setattr(sys, "argv", ["calibration.py", "--data", str(in_folder), "--device", "cpu"])
+    monkeypatch.setattr(calibration, "with_few_images", lambda right, nll, n: torch.tensor(0.0))
+    runs.main(calibration.main)
+    assert set(parts) == {"train"}
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines[-4:]]
+    assert [row[0] for row in rows] == ["PRT", "EFT", "PRT,", "EFT,"]
+    assert sum(line.startswith("temperature of") for line in lines) == 2
+
+
+def test_a_calibrated_network_has_the_lowest_nll(in_folder):
+    network, pixels = real_weights.Network("a", 16), torch.randint(0, 256, (30, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.arange(30) % 3
+    calibrated = calibration.Calibrated(network, pixels, labels)
+    with torch.no_grad():
+        logits = network(pixels)
+        nll = {t: F.cross_entropy(logits / t, labels) for t in calibration.TEMPERATURES}
+        assert calibrated.temperature == min(nll, key=nll.get) != 1
+        assert torch.allclose(calibrated(pixels), logits / calibrated.temperature)
+
+
+def test_beta_chosen_on_few_images_is_scored_on_the_others():
+    """Catches: The images that chose beta are scored, too, so that any choice looks good."""
+    right = {beta: torch.zeros(10) for beta in real_weights.BETAS}
+    right[4.0] = torch.ones(10)
+    assert calibration.with_few_images(right, right, 5) == 1
+    luck = {beta: (torch.rand(400, generator=torch.Generator().manual_seed(i)) < 0.5).float()
+            for i, beta in enumerate(real_weights.BETAS)}
+    assert abs(calibration.with_few_images(luck, luck, 20)) < 0.05
 
 
 def test_bad_input_is_refused_in_one_line(in_folder, tmp_path, capfd, monkeypatch):
