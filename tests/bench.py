@@ -526,8 +526,24 @@ def training(args, device):
     return ratios
 
 
-PARTS = {f.__name__: f for f in (decode, speculative, text_step, text_forward, image_step, image_forward,
-                                 image_memory, image_readers, training)}
+def tokenizers(args, device):
+    """Tokens a second that data/text.py makes of GSM8K by SentencePiece's BPE, over those of byte-level BPE.
+
+    Both tokenizers are the tests' small ones: SentencePiece's with 800 pieces, Llama 3's with 1,500 tokens.
+    """
+    _, examples = text.load("gsm8k", "train")
+    folder, rates = Path(__file__).with_name("fixtures"), {}
+    for name in ("llama2", "llama3"):
+        file = folder / f"{name}_tokenizer/tokenizer.json"
+        encoded = functools.partial(text.encode, examples, Tokenizer(file.read_text(), file), 2, 10**6)
+        seconds, = alternate(device, args.repeats, encoded)
+        rates[name] = sum(map(len, encoded().ids)) / seconds
+    print(f"tokens/s: SentencePiece's BPE {rates['llama2']:.0f}, byte-level BPE {rates['llama3']:.0f}")
+    return dict(tokenizer_sentencepiece=rates["llama2"] / rates["llama3"])
+
+
+PARTS = {f.__name__: f for f in (decode, speculative, text_step, text_forward, tokenizers, image_step,
+                                 image_forward, image_memory, image_readers, training)}
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
