@@ -156,12 +156,14 @@ def test_beta_auto_is_the_best_on_held_out_problems(in_texts, tmp_path, table):
     assert len(set(nll.values())) == len(nll)
 
 
-def test_beta_auto_is_refused_where_training_left_nothing_out(tiny, held_out, monkeypatch, capfd):
+def test_beta_auto_is_refused_where_training_left_nothing_out(tiny, held_out, tmp_path, monkeypatch, capfd):
     """Catches: beta is chosen on examples that the reward has learned by heart."""
     monkeypatch.setattr(files, "CACHE", tiny.root / "cache")
+    older = tmp_path / "older.pt"  # without the arguments of its training
+    files.save(older, {k: v for k, v in read(tiny.reward).items() if k != "args"})
     command = ("eval.py", "--base", tiny.new, "--beta", "auto", "--device", "cpu", "--reward")
     for options, name in (([tiny.reward], tiny.reward), ([held_out.reward, "--tuned", tiny.ft], tiny.ft),
-                          ([held_out.reward, tiny.reward], tiny.reward)):
+                          ([held_out.reward, tiny.reward], tiny.reward), ([older], older)):
         capfd.readouterr()
         one_line(call(*command, *options), capfd.readouterr().err, "--beta auto", name, "--hold-out 0")
 
