@@ -1,8 +1,10 @@
 """tests/real_weights.py on small networks and one-color images: its protocol, without timm's weights."""
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import calibration
 import pytest
 import real_weights
 import torch
@@ -18,7 +20,7 @@ def small_network(name, pretrained=False):
     torch.manual_seed(len(name))
     network = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
                             nn.Flatten(), nn.Linear(16, 1000))
-    network.pretrained_cfg = dict(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    network.num_classes, network.pretrained_cfg = 1000, dict(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     return network
 
 
@@ -148,8 +150,44 @@ def test_bad_input_is_refused_in_one_line(in_folder, tmp_path, capfd, monkeypatc
     other = write_webdataset(tmp_path / "colors")
     capfd.readouterr()
     one_line(call("--data", other, "--size", 16, 16), capfd.readouterr().err, other, "accordion", "CLASSES")
-    monkeypatch.setitem(sys.modules, "timm", None)
-    one_line(call("--data", in_folder), capfd.readouterr().err, "pip install timm")
+    shutil.copytree(in_folder, tmp_path / "no test")
+    shutil.rmtree(tmp_path / "no test" / "test")
+    monkeypatch.setattr(real_weights, "Network", None)  # the test split is looked for before any work
+    one_line(call("--data", tmp_path / "no test", "--size", 16, 16), capfd.readouterr().err, "no test/test")
+
+
+def unknown_network(name, pretrained):
+    raise RuntimeError(f"Unknown model ({name})")
+
+
+@pytest.mark.parametrize("timm, words", [
+    (None, ["abc", "pip install timm"]), (SimpleNamespace(create_model=unknown_network), ["Unknown", "abc"]),
+    (SimpleNamespace(create_model=lambda *_, **__: nn.Module()), ["abc", "21841", "1,000"])],
+    ids=["no timm", "unknown", "labels of ImageNet-21k"])
+def test_a_network_that_timm_lacks_or_with_other_labels_is_refused(
+        in_folder, monkeypatch, capfd, timm, words):
+    """Catches: A traceback, or the probabilities of other labels in the table."""
+    monkeypatch.setattr(nn.Module, "num_classes", 21841, raising=False)
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    one_line(call("--data", in_folder, "--old", "abc", "--size", 16, 16), capfd.readouterr().err, *words)
+
+
+def test_calibration_finds_the_temperature_that_overconfident_logits_have():
+    """Catches: The logits are multiplied by it, or the highest NLL wins."""
+    network = nn.Linear(1, 2, bias=False)
+    network.weight.data, network.size, network.mean = torch.tensor([[0.0], [16.0]]), 16, None
+    labels = torch.tensor([1, 1, 1, 0])  # 3 of 4: the log-odds are log 3 = 1.1, near 16 / 8
+    calibrated = calibration.Calibrated(network, torch.ones(4, 1), labels)
+    assert calibrated.temperature == 8
+    assert torch.allclose(calibrated(torch.ones(1, 1)), torch.tensor([[0.0, 2.0]]))
+
+
+def test_the_gain_of_a_chosen_beta_is_that_on_the_other_images():
+    """Catches: The images that beta is chosen on are scored, too, or the gain has the wrong sign."""
+    right = {beta: torch.full((60,), float(beta == 2)) for beta in calibration.BETAS}
+    right[1.0][:30] = 1
+    gain = calibration.with_few_images(right, {beta: -x for beta, x in right.items()}, 50, draws=20)
+    assert 0.3 < gain < 0.7
 
 
 def test_it_stays_short():
