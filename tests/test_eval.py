@@ -130,6 +130,20 @@ def test_beta_auto_is_the_best_on_held_out_images(tiny, held_out, table, monkeyp
             max(betas, key=quality)]
 
 
+def test_beta_auto_scores_the_held_out_images_only(tiny, held_out, monkeypatch):
+    """Catches: beta is chosen on the images that were trained on, which may give the same beta."""
+    monkeypatch.setattr(files, "CACHE", tiny.root / "cache")
+    seen, predict = [], runs.predict
+    monkeypatch.setattr(runs, "predict", lambda model, x, batch: seen.append(x) or predict(model, x, batch))
+    command = ("eval.py", "--reward", held_out.reward, "--base", tiny.new, "--beta", "auto")
+    assert call(*command, "--device", "cpu") == 0
+    train, test = (images.load(str(tiny.data), split, 32) for split in ("train", "test"))
+    chosen_on = train.images[runs.hold_out(len(train.labels), 0.4)[1]]
+    assert not torch.equal(chosen_on, test.images)
+    assert [torch.equal(x, chosen_on) for x in seen[:2]] == [True, True]
+    assert all(torch.equal(x, test.images) for x in seen[2:])
+
+
 def test_every_beta_has_a_row_of_eft(shapes, image_report):
     """At the beta of its training, 1 here, EFT adds the log-ratio of two networks; at 0.5, twice of it."""
     rows = {row["beta"]: row for row in image_report[0]["rows"] if row["method"] == "base + EFT"}
@@ -137,20 +151,22 @@ def test_every_beta_has_a_row_of_eft(shapes, image_report):
     assert rows[0.5]["kl"] > rows[1]["kl"] > 0
 
 
-def test_beta_auto_is_the_best_on_held_out_problems(in_texts, tmp_path, table):
+def test_beta_auto_is_the_best_on_held_out_problems(in_texts, tmp_path, table, monkeypatch):
     """Catches: Other problems are used than those that training left out, or the worst beta is chosen."""
     path = tmp_path / "held-out.pt"
     command = (*TUNE_LM, "--data", "sums.jsonl", "--hold-out", 0.25, "--steps", 4, "--lr", 3e-2)
     assert call(*command, "--out", path) == 0
+    seen, batches = [], eval_script.batches
+    monkeypatch.setattr(eval_script, "batches", lambda data, i, n: seen.append(i) or batches(data, i, n))
     rows = table(*EVAL_LM, "--reward", path, "--data", "sums.jsonl", "--beta", "auto", "--limit", 4)
     examples = text.load("sums.jsonl", "train")[1]
     tokenizer, end = Tokenizer(read(OLD)["tokenizer"], "old"), read(OLD)["arch"]["end"]
     data = text.encode(examples, tokenizer, end, 1024)
     _, held = runs.hold_out(len(examples), 0.25)
-    assert len(held) == 6
+    assert len(held) == 6 and seen[0].equal(held[:4])
     base, reward = weights.load(NEW), weights.load(path)
-    batches = [text.collate(data, held[:4])]
-    nll = {beta: runs.score_texts(base, [(1 / beta, reward)], batches)["nll"] for beta in eval_script.BETAS}
+    batch = [text.collate(data, held[:4])]
+    nll = {beta: runs.score_texts(base, [(1 / beta, reward)], batch)["nll"] for beta in eval_script.BETAS}
     row, = (row for row in rows if row["method"] == "base + reward (PRT), beta chosen")
     assert row["beta"] == min(nll, key=nll.get)
     assert len(set(nll.values())) == len(nll)
