@@ -194,8 +194,7 @@ def plan(args, models, quality):
     if len(rewards) > 1:
         rows += at_betas("base + sum of rewards", terms, ref)
     if ref:
-        rows.append(Row("source alone", None, ref, ref, []))
-        rows.append(tilted_row("source + reward", ref, terms[:1]))
+        rows += [Row("source alone", None, ref, ref, []), tilted_row("source + reward", ref, terms[:1])]
     if tuned:
         rows.append(Row("source fine-tuned", None, ref, tuned, []))
         rows += at_betas("base + EFT", [(tuned.info["beta"], tuned), (-tuned.info["beta"], ref)])

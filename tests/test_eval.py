@@ -199,7 +199,7 @@ def test_beta_auto_is_refused_where_training_left_nothing_out(tiny, held_out, tm
     files.save(other, read(held_out.reward) | dict(data="other"))
     command = ("eval.py", "--base", tiny.new, "--beta", "auto", "--device", "cpu", "--reward")
     capfd.readouterr()
-    one_line(call(*command, held_out.reward, other), capfd.readouterr().err, "--beta auto", other, "same data")
+    one_line(call(*command, held_out.reward, other), capfd.readouterr().err, "auto", other, "same data")
     for options, name in (([tiny.reward], tiny.reward), ([held_out.reward, "--tuned", tiny.ft], tiny.ft),
                           ([held_out.reward, tiny.reward], tiny.reward), ([older], older)):
         capfd.readouterr()
