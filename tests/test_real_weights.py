@@ -157,7 +157,7 @@ def test_bad_input_is_refused_in_one_line(in_folder, tmp_path, capfd, monkeypatc
 
 
 def test_networks_are_tuned_on_used_images_and_beta_is_chosen_on_held_out_ones(in_folder, monkeypatch):
-    """Catches: Another base, method, or part of the data; KL from another base; the chosen beta is ignored."""
+    """Catches: Another base, method, or part of the data; KL from another base; beta is ignored."""
     tuned, chosen_on = [], []
 
     def tune(args, seed, base, method, pixels, labels):
@@ -165,13 +165,13 @@ def test_networks_are_tuned_on_used_images_and_beta_is_chosen_on_held_out_ones(i
         return base, 1.0
 
     monkeypatch.setattr(real_weights, "tune", tune)
-    monkeypatch.setattr(real_weights, "choose", lambda method, z, labels: chosen_on.append(len(labels)) or 4.0)
+    monkeypatch.setattr(real_weights, "choose", lambda _, z, y: chosen_on.append(len(y)) or 4.0)
     table = real_weights.run(SimpleNamespace(data=str(in_folder), shift="none", old="a", new="bb",
                                              size=(16, 20), device="cpu"), 0)
     assert tuned == [(16, "prt", 125), (16, "ft", 125), (20, "ft", 125)] and chosen_on == [31, 31]
     kl = {title: row[2][2].mean().item() for title, row in table.items()}
     assert kl["new + PRT, beta 1"] > kl["new + PRT, beta chosen"] > 1e-5
-    assert all(abs(kl[title]) < 1e-5 for title in kl if "PRT" not in title)  # the tuned are the bases here
+    assert all(abs(kl[title]) < 1e-5 for title in kl if "PRT" not in title)  # tuned = base
 
 
 def unknown_network(name, pretrained):
