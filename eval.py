@@ -3,7 +3,7 @@
 python eval.py --run out/shapes-0                    the models that a training script made without arguments
 python eval.py --reward reward.pt --base laion/CLIP-ViT-B-16-laion2B-s34B-b88K --beta 0.5 1 2
 python eval.py --reward reward.pt --base new.pt --tuned ft.pt --oracle new_ft.pt --picture grid.png
-python eval.py --reward reward.pt --base new.pt --beta 1 auto      auto: chosen on what --hold-out left out
+python eval.py --reward reward.pt --base new.pt --beta 1 auto      and beta chosen on held-out examples
 python eval.py --reward out/gsm8k-prt.pt --base Qwen/Qwen2.5-7B --limit 200
 python eval.py --reward reward.pt --base Qwen/Qwen2.5-7B --prompt "Where does a reward go?"
 python eval.py --reward reward.pt --base Qwen/Qwen2.5-7B --data ifeval.jsonl
@@ -161,12 +161,12 @@ def load_models(args, device):
 
 
 def held_out_share(args, models):
-    """Returns the share of the training split that --beta auto uses, since no reward was trained on it.
+    """Returns the share of the training split that was held out of training, for --beta auto to choose on.
 
-    Raises ValueError if there is none, or if the rewards and --tuned do not have the same one.
+    Raises ValueError unless the same share of the same data was held out for all rewards and --tuned.
     """
     trained = [model for model in (*models.rewards, models.tuned) if model]
-    splits = [(model.info["data"], model.info["args"].get("hold_out", 0.0)) for model in trained]
+    splits = [(x.info["data"], x.info.get("args", {}).get("hold_out", 0.0)) for x in trained]
     for path, (data, share) in zip((*args.reward, args.tuned), splits):
         if (data, share) != splits[0] or not share:
             raise ValueError(f"--beta auto: {path} was trained with --data {data} --hold-out {share:g}; all "
@@ -188,15 +188,13 @@ def plan(args, models, quality):
 
     terms = [(model.info["beta"], model) for model in rewards]
     rows = [Row("base alone", None, base, base, [])]
-    if len(rewards) == 1:
-        rows += at_betas("base + reward (PRT)", terms, ref)
-    else:
-        for path, term in zip(args.reward, terms):
-            rows += at_betas(f"base + {path} (PRT)", [term], ref)
+    for path, term in zip(args.reward, terms):
+        name = path if len(rewards) > 1 else "reward"
+        rows += at_betas(f"base + {name} (PRT)", [term], ref)
+    if len(rewards) > 1:
         rows += at_betas("base + sum of rewards", terms, ref)
     if ref:
-        rows.append(Row("source alone", None, ref, ref, []))
-        rows.append(tilted_row("source + reward", ref, terms[:1]))
+        rows += [Row("source alone", None, ref, ref, []), tilted_row("source + reward", ref, terms[:1])]
     if tuned:
         rows.append(Row("source fine-tuned", None, ref, tuned, []))
         rows += at_betas("base + EFT", [(tuned.info["beta"], tuned), (-tuned.info["beta"], ref)])
@@ -208,8 +206,9 @@ def plan(args, models, quality):
 def tilted_row(method, base, terms, ref=None, beta=None):
     """Returns the Row of a base tilted at one beta, or by each reward at the beta that it was trained with.
 
-    terms: (weight, policy) at beta = 1, where a reward's weight is the beta of its training. ref: the source
-    base or None. With the rewards, it drafts for `base`.
+    terms: (weight, policy) pairs for beta = 1: a reward with the beta of its training, or for EFT the tuned
+    model with its beta and the source base with minus that. ref: the source base, which drafts for `base`
+    together with the rewards, or None.
     """
     rewards = [(weight / (beta or abs(weight)), policy) for weight, policy in terms]
     return Row(method, beta or terms[0][0], base, base, rewards, ref and (ref, rewards))
@@ -230,24 +229,20 @@ def image_table(args, device, models):
             raise ValueError(f"{path} has {len(classes)} classes, --data {name} {len(data.classes)}: they "
                              f"must be the same, but {differ[0]} differ")
 
-    # One pass of each model; every row of the table is arithmetic on these logits.
-    @functools.cache
-    def logits(model):
-        return runs.predict(model, view(model.arch["image_size"]).images, args.batch).cpu()
-
     @functools.cache
     def held_out(size):
-        train = images.load(info["data"], "train", size)
-        _, i = runs.hold_out(len(train.labels), held_out_share(args, models))
-        return train.images[i], train.labels[i]
+        share, train = held_out_share(args, models), images.load(info["data"], "train", size)
+        _, i = runs.hold_out(len(train.labels), share)
+        return train._replace(images=train.images[i], labels=train.labels[i])
 
+    # One pass of each model; every row of the table is arithmetic on these logits.
     @functools.cache
-    def held_out_logits(model):
-        return runs.predict(model, held_out(model.arch["image_size"])[0], args.batch).cpu()
+    def logits(model, view=view):
+        return runs.predict(model, view(model.arch["image_size"]).images, args.batch).cpu()
 
     def quality(row):
-        log_probs = prt.mixture(row.base, row.rewards, held_out_logits)
-        _, labels = held_out(row.base.arch["image_size"])
+        log_probs = prt.mixture(row.base, row.rewards, lambda model: logits(model, held_out))
+        labels = held_out(row.base.arch["image_size"]).labels
         return runs.accuracy(log_probs, labels), -F.nll_loss(log_probs, labels).item()
 
     @functools.cache
@@ -488,8 +483,8 @@ def print_table(args, device, results, about):
         cells = "".join(f"{COLUMNS[k][1].format(result[k]):>10}" for k in columns)
         print(f"{result['method']:{width}}  {beta:>5}{cells}")
     if about["kl_of_bases"] is not None:
-        print(f"KL(source base || base): {about['kl_of_bases']:.4f} nats; the closer they are, the more a "
-              "reward does the same to both (Prop. 3.2)")
+        print(f"KL(source base || base): {about['kl_of_bases']:.4f} nats. The smaller it is, the more "
+              "similar the effect of a reward on both (Prop. 3.2)")
     if args.json:
         with files.atomic(args.json) as f:
             f.write(json.dumps(about | dict(rewards=args.reward, rows=results), indent=1).encode())

@@ -153,7 +153,7 @@ def shuffled(step, n, batch, seed):
 def hold_out(n, share):
     """Returns which of n training examples to train on, and which to hold out: two LongTensors of indices.
 
-    They are the same for every seed, and eval.py finds them again.
+    They depend on n and share only, so that eval.py finds the held-out examples again.
     """
     random_order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     held_out = int(share * n)
@@ -161,8 +161,13 @@ def hold_out(n, share):
 
 
 def order(args, n):
-    """Returns the function `indices` of prt.fit that shuffles n examples, without those that are held out."""
-    used, _ = hold_out(n, args.hold_out)
+    """Returns the function `indices` of prt.fit: batches of the n examples that are not held out, shuffled.
+
+    Raises ValueError if --hold-out is given, but too small to hold out an example.
+    """
+    used, held_out = hold_out(n, args.hold_out)
+    if args.hold_out and not len(held_out):
+        raise ValueError(f"--hold-out {args.hold_out:g} of {n} training examples is less than one: raise it")
     return lambda step: used[shuffled(step, len(used), args.batch, args.seed)]
 
 

@@ -73,8 +73,8 @@ class Tokenizer:
     """The BPE of a tokenizer.json, byte-level or SentencePiece's; `begin` holds the ids that begin a text.
 
     `bytes` maps each id to its token. text: the file's content. name: its name in error messages. Raises
-    ValueError if its ids cannot be reproduced: Unigram, several split patterns, other steps than Llama 2's
-    around byte_fallback, or byte-level ids that do not increase in merge order.
+    ValueError if its ids cannot be reproduced: Unigram, several split patterns, byte_fallback with steps
+    other than Llama 2's, or byte-level ids that do not increase in merge order.
     """
 
     def __init__(self, text, name):
@@ -89,7 +89,7 @@ class Tokenizer:
                 self.to_ids = sentencepiece(merges, plain)
                 self.bytes = {i: t.replace("▁", " ").encode() for t, i in (plain | special).items()}
                 self.bytes |= {plain[t]: bytes([b]) for b, t in enumerate(BYTE_TOKENS)}
-                rules = [*merges], sorted(plain.items())  # without `spaced`, which transformers 5 changes
+                rules = [*merges], sorted(plain.items())  # not `spaced`, which transformers 5 changes
             else:
                 pattern, self.nfc, self.spaced = split_pattern(d), d.get("normalizer") is not None, None
                 ranks = {bytes(LETTERS[c] for c in t): i for t, i in plain.items()}
@@ -106,14 +106,14 @@ class Tokenizer:
     def encode(self, text, first=True):
         """Returns the ids of a text without `begin`; special tokens in it are encoded as plain text.
 
-        first: whether the text begins here, where SentencePiece adds a space. The segments of a text have its
-        tokens, unless one of these crosses from segment to segment.
+        first: False for a later segment of a text, to which SentencePiece adds no space. The ids of the
+        segments are those of the text, unless one of its tokens is in two segments.
         """
         space = " " if first and self.spaced and re.match(self.spaced, text) else ""
         return self.to_ids(space + (unicodedata.normalize("NFC", text) if self.nfc else text))
 
     def decode(self, ids, first=True):
-        """Returns the text of ids. first: whether it begins here, with the space of `encode`: it is removed.
+        """Returns the text of ids. first: as in `encode`, whose space is removed.
 
         Bytes that are not UTF-8, such as those of half a character, become U+FFFD.
         """
@@ -138,7 +138,10 @@ def split_pattern(d):
 
 
 def vocabulary(model, added):
-    """Returns the merges (pair -> rank), and ordinary and special tokens (text -> id, as is `added`)."""
+    """Returns the merges (pair -> rank), the ordinary tokens, and the special tokens (text -> id).
+
+    model: that of the tokenizer.json. added: its added tokens, text -> id.
+    """
     options = {k: model.get(k) for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")}
     if model.get("type", "BPE") != "BPE" or any(options.values()):
         raise ValueError(f"its model is not plain BPE: {json.dumps(dict(type=model.get('type'), **options))}")
@@ -168,7 +171,10 @@ DECODERS = [dict(type="Replace", pattern=dict(String="▁"), content=" "), dict(
 
 
 def spaced_texts(d):
-    """Returns the regular expression of texts that SentencePiece adds a space to; d: the tokenizer.json."""
+    """Returns a regular expression that matches if SentencePiece adds a space to a text.
+
+    d: the parsed tokenizer.json. Raises ValueError if its steps are not those of Llama 2.
+    """
     steps = [d.get(k) for k in ("normalizer", "pre_tokenizer", "decoder")]
     if (steps[2] or {}).get("decoders") in (DECODERS, DECODERS[:3]) and not d["model"].get("ignore_merges"):
         match steps:
@@ -181,8 +187,8 @@ def spaced_texts(d):
 
 def sentencepiece(merges, ids):
     """Returns the function from a text to its ids; merges: pair of tokens -> rank, ids: token -> id."""
-    # Words are like "▁the". If no merge joins "▁" to a character before it, none joins two words, and the
-    # merges in a word do not depend on other words, so that each is encoded alone, short ones only once.
+    # A word is like "▁the". Unless a merge joins "▁" to a character before it, none joins two words. Each
+    # word can then be encoded alone, and the ids of short words are kept for the next time.
     words = re.compile("(?s:.+)" if any(re.search("[^▁]▁", a + b) for a, b in merges) else "▁*[^▁]+|▁+")
     memoized = functools.lru_cache(1 << 17)(lambda word: merge(word, ids, merges))
     return lambda text: [i for word in words.findall(text.replace(" ", "▁"))
@@ -190,9 +196,9 @@ def sentencepiece(merges, ids):
 
 
 def merge(word, ids, ranks):
-    """Returns a word's ids: the pair of the lowest rank is merged, or its leftmost, again and again.
+    """Returns a word's ids: merges the pair of the lowest rank, the leftmost of several, until none is left.
 
-    ids: token -> id. ranks: pair of tokens -> rank. With a heap, a word of n characters takes n log n time.
+    ids: token -> id. ranks: pair of tokens -> rank. With a heap, n characters take O(n log n) time.
     """
     tokens = [t for c in word for t in ([c] if c in ids else
                                         [BYTE_TOKENS[b] for b in c.encode("utf-8", "surrogatepass")])]

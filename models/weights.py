@@ -111,8 +111,8 @@ def clip_model(content, config, path):
     tensors = {k.removeprefix("module."): v for k, v in content.get("state_dict", content).items()}
     arch = clip_architecture(tensors, config)
     if not config and not arch["quick_gelu"]:
-        size = f", and {arch['image_size']} pixels" if "widths" in arch else ""  # else the shapes tell it
-        print(f"{path}: a bare state dict names no activation or pixel mean: GELU and CLIP's are used{size}")
+        size = f", {arch['image_size']} pixels" if "widths" in arch else ""  # of others, the shapes tell it
+        print(f"{path}: a bare state dict without a configuration: taking GELU, CLIP's pixel mean{size}")
     for name in ("input_resolution", "context_length", "vocab_size"):
         tensors.pop(name, None)
     tensors["logit_scale"] = tensors["logit_scale"].reshape(1)  # FSDP shards no scalars
@@ -133,7 +133,7 @@ def check_clip(arch, tensors):
     if "widths" not in arch:
         check_sizes(arch, "heads")
     elif not 32 <= arch["image_size"] <= 1024:  # no shape of a ConvNeXt's tensors depends on it
-        raise ValueError(f"image_size is {arch['image_size']}; a ConvNeXt is read with 32 to 1024 pixels")
+        raise ValueError(f"image_size is {arch['image_size']}; a ConvNeXt takes 32 to 1024 pixels here")
     torch.tensor([arch["mean"], arch["std"]]).view(2, 3)  # raises unless these are three numbers each
     layers = arch["layers"] if isinstance(arch["layers"], list) else [arch["layers"]]
     if max(*layers, arch["text_layers"]) > len(tensors):

@@ -4,10 +4,10 @@ python tests/calibration.py --shift negatives --seeds 0 1
 
 For PRT's reward and EFT's log-ratio, each as real_weights.py makes it, prints means over the seeds:
   alone     the top-1 of the correction by itself
-  in tails  the share of images for which the correction prefers a label that had less than 1% from the old
-            network, and from the tuned one, too: what it says about them was never asked for in training
+  in tails  the share of images whose most likely label by the correction has less than 1% from both the old
+            and the tuned network: training hardly constrains what the correction says about such labels
   0.25 ...  the top-1 of the new network with the correction, by beta
-  50 images how many points beta, chosen on 50 random ones of these images, adds to beta = 1 on the others
+  50 images the gain in points over beta = 1 on the other held-out images, if beta is chosen on a random 50
 
 and all of it once more with calibrated bases: before tuning, their logits are divided by the temperature with
 the lowest NLL on the training images (Guo et al. 2017). No image of the test split is read.
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from real_weights import BETAS, REWARDS
 
 import prt
-from models import runs
+from models import flags, runs
 
 TEMPERATURES = [2 ** (k / 4) for k in range(-8, 13)]  # 0.25 to 8
 SHOWN = (0.25, *BETAS, 8.0, 16.0)
@@ -70,24 +70,24 @@ def run(args, seed, calibrated):
     """Returns method -> figures of a seed; prints the temperatures."""
     networks = dict(old=real_weights.Network(args.old, args.size[0]).to(args.device),
                     new=real_weights.Network(args.new, args.size[1]).to(args.device))
-    kept, held = runs.hold_out(len(real_weights.photographs(args, "train", args.size[0])[1]), 0.2)
+    used_i, held_out_i = runs.hold_out(len(real_weights.photographs(args, "train", args.size[0])[1]), 0.2)
     if calibrated:
         for name, network in networks.items():
-            data = (x[kept] for x in real_weights.photographs(args, "train", network.size))
+            data = (x[used_i] for x in real_weights.photographs(args, "train", network.size))
             networks[name] = Calibrated(network, *data)
             print(f"temperature of {name}: {networks[name].temperature:.2f}")
     for name, method in (("reward", "prt"), ("tuned", "ft")):
-        data = (x[kept] for x in real_weights.photographs(args, "train", args.size[0]))
+        data = (x[used_i] for x in real_weights.photographs(args, "train", args.size[0]))
         networks[name], _ = real_weights.tune(args, seed, networks["old"], method, *data)
     logits = {}
     for name, network in networks.items():
-        pixels, labels = (x[held] for x in real_weights.photographs(args, "train", network.size))
+        pixels, labels = (x[held_out_i] for x in real_weights.photographs(args, "train", network.size))
         logits[name] = runs.predict(network, pixels).cpu()
     return {method: figures(method, logits, labels) for method in REWARDS}
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.parser(__doc__)
     p.add_argument("--data", default="caltech101")
     p.add_argument("--shift", choices=("negatives", "thumbnails", "none"), default="negatives")
     p.add_argument("--seeds", type=int, nargs="+", default=[0])

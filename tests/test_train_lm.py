@@ -145,6 +145,13 @@ def test_a_llama_with_its_sentencepiece_tokenizer_is_tuned_resumed_and_asked(tmp
     assert len(table(*command, "--data", "talk.jsonl", "--new-tokens", 8)) == 4
 
 
+def test_an_epoch_is_of_the_examples_that_are_not_held_out(tmp_path):
+    """Catches: With --hold-out 0.5, two epochs are four passes over what is left."""
+    command = (*TUNE_LM, "--data", "sums.jsonl", "--epochs", 1, "--hold-out", 0.5)
+    assert call(*command, "--out", tmp_path / "half.pt") == 0
+    assert read(tmp_path / "half.pt")["step"] == 2  # 12 of 24 examples, 8 in a batch
+
+
 def test_recompute_and_chunk_change_memory_and_not_the_weights(tmp_path, monkeypatch):
     sizes, calls, head, forward = [], [], GPT.head, Block.forward
     monkeypatch.setattr(GPT, "head", lambda self, x: sizes.append(len(x)) or head(self, x))
