@@ -174,6 +174,13 @@ def held_out_share(args, models):
     return share
 
 
+def how_chosen(args, models, score):
+    """Returns the table's entry on --beta auto, if it is given; score: what beta was chosen by."""
+    if "auto" not in (args.beta or []):
+        return {}
+    return {"beta chosen by": f"{score} of the {held_out_share(args, models):.0%} of training data held out"}
+
+
 def plan(args, models, quality):
     """Returns the rows of the table; quality: function from a Row to its score on held-out data."""
     rewards, base, ref, tuned, oracle = models
@@ -261,7 +268,8 @@ def image_table(args, device, models):
                             ms=1000 * seconds / min(args.batch, len(data.labels)), mib=mib))
         answers.append(log_probs.argmax(-1))
     distance = models.ref and prt.kl(logits(models.ref).log_softmax(-1), logits(models.base)).mean().item()
-    print_table(args, device, results, dict(data=name, images=len(data.labels), kl_of_bases=distance))
+    about = dict(data=name, images=len(data.labels), kl_of_bases=distance) | how_chosen(args, models, "top-1")
+    print_table(args, device, results, about)
     if args.picture:
         with files.atomic(args.picture) as f:
             draw_picture(data, answers[0], answers[1]).save(f, "PNG")
@@ -355,7 +363,8 @@ def text_table(args, device, models, rows, name, respond, tokenizer, end, room):
                             **score(row.kl_base, rewards), mib=mib,
                             speed=sum(len(answer) + 1 for answer in answers) / seconds))
     distance = models.ref and score(models.base, [(1.0, models.ref), (-1.0, models.base)])["kl"]
-    print_table(args, device, results, dict(data=name, examples=len(examples), kl_of_bases=distance))
+    about = dict(data=name, examples=len(examples), kl_of_bases=distance) | how_chosen(args, models, "NLL")
+    print_table(args, device, results, about)
 
 
 def final_number(answer):

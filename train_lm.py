@@ -83,9 +83,10 @@ def train(args, device, state):
     if max(lengths) - 1 > room:
         raise ValueError(f"an example has {max(lengths) - 1} tokens, but the model has only {room} "
                          "positions: lower --length")
-    steps = args.steps or math.ceil(args.epochs * (1 - args.hold_out) * len(lengths) / args.batch)
+    used = len(runs.hold_out(len(lengths), args.hold_out)[0])
+    steps = args.steps or math.ceil(args.epochs * used / args.batch)
     indices = text.group_by_length(runs.order(args, len(lengths)), lengths, args.batch, steps, args.seed)
-    print(f"{len(lengths)} examples, {args.hold_out:.0%} of them held out, {steps} steps")
+    print(f"{used} of {len(lengths)} examples, {steps} steps")
     info = dict(kind="gpt", arch=policy.arch, tokenizer=tokenizer.text, template=template, data=args.data)
     if base:
         info |= dict(method=args.method, beta=args.beta, source=args.base)

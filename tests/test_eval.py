@@ -109,12 +109,14 @@ def held_out(tiny, tmp_path_factory):
 
 @torch.no_grad()
 @pytest.mark.parametrize("betas", [(0.25, 0.5, 1.0, 2.0, 4.0, 8.0), (8.0, 1 / 64)])
-def test_beta_auto_is_the_best_on_held_out_images(tiny, held_out, table, monkeypatch, betas):
+def test_beta_auto_is_the_best_on_held_out_images(tiny, held_out, report, monkeypatch, betas):
     """Catches: beta is chosen on the test split, or on images that the reward was trained on."""
     monkeypatch.setattr(files, "CACHE", tiny.root / "cache")
     monkeypatch.setattr(eval_script, "BETAS", betas)
-    rows = table("eval.py", "--reward", held_out.reward, "--base", tiny.new, "--tuned", held_out.tuned,
-                 "--beta", 1, "auto", "--device", "cpu")
+    about = report("eval.py", "--reward", held_out.reward, "--base", tiny.new, "--tuned", held_out.tuned,
+                   "--beta", 1, "auto", "--device", "cpu")
+    assert about["beta chosen by"] == "top-1 of the 40% of training data held out"
+    rows = about["rows"]
     train, test = (images.load(str(tiny.data), split, 32) for split in ("train", "test"))
     _, i = runs.hold_out(len(train.labels), 0.4)
     assert len(i) == 3
