@@ -119,18 +119,18 @@ def run(args, seed):
         start = time.perf_counter()
         test[name] = runs.predict(network, pixels).cpu()
         ms[name] = 1000 * (time.perf_counter() - start) / len(labels)
-    # Title, log-probabilities, the base, the networks that run, beta.
-    rows = [(title, test[used].log_softmax(-1), title[:3], [used], None) for title, used in (
+    # Title, log-probabilities, the networks that run, beta.
+    rows = [(title, test[used].log_softmax(-1), [used], None) for title, used in (
         ("old alone", "old"), ("old tuned", "tuned"), ("new alone", "new"), ("new tuned", "oracle"))]
     for method, used in (("PRT", ["new", "reward"]), ("EFT", ["new", "tuned", "old"])):
         for title, beta in (("beta 1", 1.0), ("beta chosen", choose(method, held_out, held_out_labels))):
             tilted = prt.tilt(test["new"], REWARDS[method](test), beta)
-            rows.append((f"new + {method}, {title}", tilted, "new", used, beta))
+            rows.append((f"new + {method}, {title}", tilted, used, beta))
     table = {}
-    for title, log_probs, base, used, beta in rows:
-        figures = torch.stack([  # the last one is the spread of what was added over the labels
+    for title, log_probs, used, beta in rows:
+        figures = torch.stack([  # the last two: distance from the new network, as KL and spread over labels
             (log_probs.argmax(-1) == labels).float(), F.nll_loss(log_probs, labels, reduction="none"),
-            prt.kl(log_probs, test[base]), (log_probs - test[base].log_softmax(-1)).std(-1)])
+            prt.kl(log_probs, test["new"]), (log_probs - test["new"].log_softmax(-1)).std(-1)])
         table[title] = beta, len(used), figures, *(sum(map(cost.get, used)) for cost in (ms, seconds))
     return table
 

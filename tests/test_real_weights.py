@@ -210,7 +210,8 @@ def test_networks_are_tuned_on_used_images_and_beta_is_chosen_on_held_out_ones(i
     assert tuned == [(16, "prt", 125), (16, "ft", 125), (20, "ft", 125)] and chosen_on == [31, 31]
     kl = {title: row[2][2].mean().item() for title, row in table.items()}
     assert kl["new + PRT, beta 1"] > kl["new + PRT, beta chosen"] > 1e-5
-    assert all(abs(kl[title]) < 1e-5 for title in kl if "PRT" not in title)  # tuned = base
+    assert all(abs(kl[f"new {name}"]) < 1e-5 for name in ("alone", "tuned", "+ EFT, beta 1"))  # tuned = base
+    assert kl["old alone"] == kl["old tuned"] > 1e-5  # all are measured from the new network
 
 
 def unknown_network(name, pretrained):
