@@ -83,6 +83,8 @@ def run(args, seed, calibrated):
     for name, network in networks.items():
         pixels, labels = (x[held_out_i] for x in real_weights.photographs(args, "train", network.size))
         logits[name] = runs.predict(network, pixels).cpu()
+    top1 = {name: f"{runs.accuracy(logits[name], labels):.1%}" for name in ("old", "tuned", "new")}
+    print(f"held-out top-1 of each network alone: {top1}")
     return {method: figures(method, logits, labels) for method in REWARDS}
 
 
