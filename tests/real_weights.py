@@ -32,7 +32,7 @@ BETAS = (0.5, 1.0, 2.0, 4.0)
 # What is added to the new network at beta = 1, [N, L]; z: network -> its logits [N, L].
 REWARDS = dict(PRT=lambda z: prt.reward(z["reward"]), EFT=lambda z: prt.reward(z["tuned"], z["old"]))
 # Caltech-101 -> its ImageNet classes, or relatives: hawksbill (loggerhead, leatherback), kangaroo (wallaby),
-# ketch (yawl), minaret (mosque), motorbike (moped, scooter), pagoda (stupa), stop (street), windsor (rocking).
+# ketch (yawl), minaret (mosque), motorbike (moped, scooter), pagoda (stupa), stop (street), windsor (rocking)
 CLASSES = {
     "leopard": [288], "accordion": [401], "airplane": [404, 895], "ant": [310], "barrel": [427],
     "beaver": [337], "binocular": [447], "butterfly": [321, 322, 323, 324, 325, 326], "camera": [732, 759],
