@@ -126,7 +126,10 @@ def main():
     args = parse()
     device = runs.setup(args.device)
     models = load_models(args, device)
-    (language if models.rewards[0].info["kind"] == "gpt" else image_table)(args, device, models)
+    if models.rewards[0].info["kind"] == "gpt":
+        language(args, device, models)
+    else:
+        image_table(args, device, models)
 
 
 def load_models(args, device):
@@ -227,8 +230,8 @@ def image_table(args, device, models):
     """Prints the table of images, and draws the picture."""
     info = models.rewards[0].info
     name = args.data or info["data"]
-    view = functools.cache(lambda size: images.load(name, "test", size))  # each model at its own resolution
-    data = view(models.rewards[0].arch["image_size"])
+    test = functools.cache(lambda size: images.load(name, "test", size))  # each model at its own resolution
+    data = test(models.rewards[0].arch["image_size"])
     trained = zip((*args.reward, args.tuned, args.oracle), (*models.rewards, models.tuned, models.oracle))
     for path, classes in [(path, model.info["classes"]) for path, model in trained if model]:
         if classes != data.classes:
@@ -244,8 +247,8 @@ def image_table(args, device, models):
 
     # One pass of each model; every row of the table is arithmetic on these logits.
     @functools.cache
-    def logits(model, view=view):
-        return runs.predict(model, view(model.arch["image_size"]).images, args.batch).cpu()
+    def logits(model, split=test):
+        return runs.predict(model, split(model.arch["image_size"]).images, args.batch).cpu()
 
     def quality(row):
         log_probs = prt.mixture(row.base, row.rewards, lambda model: logits(model, held_out))
@@ -254,7 +257,7 @@ def image_table(args, device, models):
 
     @functools.cache
     def cost(*used):
-        batches = [view(model.arch["image_size"]).images[:args.batch].to(device) for model in used]
+        batches = [test(model.arch["image_size"]).images[:args.batch].to(device) for model in used]
         predict = functools.partial(runs.predict, batch=args.batch)
         return measure(used, lambda: [predict(m, x).cpu() for m, x in zip(used, batches)], device)
 
