@@ -192,6 +192,17 @@ def test_beta_auto_is_the_best_on_held_out_problems(in_texts, tmp_path, table, m
     assert len(set(nll.values())) == len(nll)
 
 
+def test_held_out_problems_are_cut_and_dropped_as_in_training(in_texts, tmp_path, monkeypatch):
+    """Catches: With another --length or --drop, other problems have the numbers of those left out."""
+    path, calls, encode = tmp_path / "cut.pt", [], text.encode
+    assert call(*TUNE_LM, "--data", "sums.jsonl", "--hold-out", 0.25, "--steps", 1, "--warmup", 0, "--drop",
+                "--length", 13, "--out", path) == 0
+    monkeypatch.setattr(text, "encode", lambda examples, tokenizer, end, *rest: (
+        calls.append(rest), encode(examples, tokenizer, end, *rest))[1])
+    assert call(*EVAL_LM, "--reward", path, "--data", "sums.jsonl", "--beta", "auto", "--limit", 4) == 0
+    assert (13, True) in calls
+
+
 def test_beta_auto_is_refused_where_training_left_nothing_out(tiny, held_out, tmp_path, monkeypatch, capfd):
     """Catches: beta is chosen on examples that the reward has learned by heart."""
     monkeypatch.setattr(files, "CACHE", tiny.root / "cache")

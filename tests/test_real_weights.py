@@ -185,6 +185,31 @@ def test_beta_chosen_on_few_images_is_scored_on_the_others():
     assert abs(calibration.with_few_images(luck, luck, 20)) < 0.05
 
 
+def test_half_of_the_images_are_flipped_in_training(in_folder, monkeypatch):
+    """Catches: No image is flipped, all are, or another axis is."""
+    seen, args = [], SimpleNamespace(batch=4, epochs=1, lr=0.01, weight_decay=0.0, alpha=0.0)
+    pixels = torch.arange(400 * 3 * 4 * 4).remainder(251).to(torch.uint8).view(400, 3, 4, 4)
+    monkeypatch.setattr(real_weights.prt, "fit", lambda policy, indices, fetch, **options: seen.append(
+        fetch(torch.arange(400), torch.Generator().manual_seed(0))))
+    real_weights.tune(args, 0, real_weights.Network("a", 4), "prt", pixels, torch.arange(400))
+    ((x,), y, base_logits), = seen
+    flipped = (x == pixels.flip(-1)).flatten(1).all(1)
+    assert torch.equal(x, torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels))
+    assert 160 < flipped.sum() < 240 and torch.equal(y, torch.arange(400)) and base_logits is None
+
+
+def test_standard_errors_are_those_of_the_mean_over_the_test_images(capsys):
+    """Catches: The spread of single images, or of the seeds, is printed as the error of their mean."""
+    correct = torch.tensor([1.0] * 75 + [0.0] * 25)
+    row = (1.0, 2, torch.stack([correct, correct, correct, correct]), 1.0, 1.0)
+    other = (None, 1, torch.zeros(4, 100), 1.0, 1.0)
+    chosen = {"new + PRT, beta chosen": row, "new + EFT, beta chosen": other}
+    real_weights.report([chosen | {"old tuned": other}])
+    lines = capsys.readouterr().out.splitlines()
+    assert "75.0%" in lines[1] and "4.4%" in lines[1]  # (0.75 * 0.25 / 99) ** 0.5
+    assert lines[-1].endswith("minus old tuned: 75.0% +- 4.4%")
+
+
 def test_bad_input_is_refused_in_one_line(in_folder, tmp_path, capfd, monkeypatch):
     other = write_webdataset(tmp_path / "colors")
     capfd.readouterr()
