@@ -161,15 +161,20 @@ def small_tokenizer():
 
 # Calls of the scripts
 
-def call(script, *argv):
-    """Runs a script's main() in this process as its command line would; returns the exit code."""
+def call_main(main, *argv):
+    """Runs a main() in this process as the command line argv would; returns the exit code."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *map(str, argv)])
+        patch.setattr(sys, "argv", [*map(str, argv)])
         try:
-            runs.main(SCRIPTS[script].main)
+            runs.main(main)
         except SystemExit as stop:
             return stop.code
     return 0
+
+
+def call(script, *argv):
+    """Runs a script's main() in this process as its command line would; returns the exit code."""
+    return call_main(SCRIPTS[script].main, script, *argv)
 
 
 def spawn(*command, cwd, cache=None, **options):

@@ -9,7 +9,7 @@ import pytest
 import real_weights
 import torch
 import torch.nn.functional as F
-from conftest import one_line, write_webdataset
+from conftest import call_main, one_line, write_webdataset
 from torch import nn
 
 from data import files, images
@@ -41,13 +41,7 @@ def in_folder(photos, monkeypatch, tmp_path):
 
 
 def call(*argv):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["real_weights.py", "--device", "cpu", *map(str, argv)])
-        try:
-            runs.main(real_weights.main)
-        except SystemExit as stop:
-            return stop.code
-    return 0
+    return call_main(real_weights.main, "real_weights.py", "--device", "cpu", *argv)
 
 
 def test_every_class_has_imagenet_indices_of_its_own():
@@ -152,11 +146,10 @@ def test_the_look_at_held_out_images_never_reads_the_test_split(in_folder, capsy
     parts, photographs = [], real_weights.photographs
     monkeypatch.setattr(real_weights, "photographs", lambda args, part, size: (
         parts.append(part), photographs(args, part, size))[1])
-    small = dict(old="a", new="bb", size=(16, 16))
-    monkeypatch.setattr(calibration, "SETTINGS", calibration.SETTINGS | small)
-    monkeypatch.setattr(sys, "argv", ["calibration.py", "--data", str(in_folder), "--device", "cpu"])
+    monkeypatch.setattr(real_weights, "DEFAULTS", real_weights.DEFAULTS | dict(old="a", new="bb"))
+    monkeypatch.setattr(real_weights, "SIZES", (16, 16))
     monkeypatch.setattr(calibration, "with_few_images", lambda right, nll, n: torch.tensor(0.0))
-    runs.main(calibration.main)
+    assert call_main(calibration.main, "calibration.py", "--data", in_folder, "--device", "cpu") == 0
     assert set(parts) == {"train"}
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines[-4:]]

@@ -1,26 +1,18 @@
 """tests/stories.py: which stories are put into the first person, what is counted, and bad input."""
 import json
-import sys
 
 import conftest
 import pytest
 import stories
-from conftest import FIXTURES, one_line
+from conftest import FIXTURES, call_main, one_line
 
 from data import text
-from models import runs
 
 TOM = 'Once there was a boy named Tom. Tom had his hat. "He is Tom," said a bird. He saw him. He ran.'
 
 
 def call(*argv):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["stories.py", *map(str, argv)])
-        try:
-            runs.main(stories.main)
-        except SystemExit as stop:
-            return stop.code
-    return 0
+    return call_main(stories.main, "stories.py", *argv)
 
 
 def test_a_story_with_one_person_is_put_into_the_first_person():
