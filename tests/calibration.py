@@ -24,8 +24,6 @@ from models import flags, runs
 
 TEMPERATURES = [2 ** (k / 4) for k in range(-8, 13)]  # 0.25 to 8
 SHOWN = (0.25, *BETAS, 8.0, 16.0)
-SETTINGS = dict(old="tf_efficientnet_lite0.in1k", new="tf_efficientnet_lite2.in1k", size=(96, 224), epochs=3,
-                batch=32, lr=1e-4, weight_decay=0.0, alpha=0.0)  # the defaults of real_weights.py
 
 
 class Calibrated(torch.nn.Module):
@@ -90,11 +88,11 @@ def run(args, seed, calibrated):
 
 def main():
     p = flags.parser(__doc__)
-    p.add_argument("--data", default="caltech101")
+    p.add_argument("--data", default=real_weights.DEFAULTS["data"])
     p.add_argument("--shift", choices=("negatives", "thumbnails", "none"), default="negatives")
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
     p.add_argument("--device", default="")
-    args = argparse.Namespace(**vars(p.parse_args()), **SETTINGS)
+    args = argparse.Namespace(**real_weights.DEFAULTS | dict(size=real_weights.SIZES) | vars(p.parse_args()))
     args.device = runs.setup(args.device)
     lines = [" " * 22 + f"{'alone':>9}{'in tails':>9}" + "".join(f"{b:>8g}" for b in SHOWN) + "  50 images"]
     for calibrated in (False, True):

@@ -28,7 +28,9 @@ from data import files, images
 from models import flags, runs
 from models.clip import resize
 
-BETAS = (0.5, 1.0, 2.0, 4.0)
+BETAS, SIZES = (0.5, 1.0, 2.0, 4.0), (96, 224)  # SIZES: pixels, old and new
+DEFAULTS = dict(data="caltech101", old="tf_efficientnet_lite0.in1k", new="tf_efficientnet_lite2.in1k",
+                device="", epochs=3, batch=32, lr=1e-4, weight_decay=0.0, alpha=0.0)
 # What is added to the new network at beta = 1, [N, L]; z: network -> its logits [N, L].
 REWARDS = dict(PRT=lambda z: prt.reward(z["reward"]), EFT=lambda z: prt.reward(z["tuned"], z["old"]))
 # Caltech-101 -> its ImageNet classes, or relatives: hawksbill (loggerhead, leatherback), kangaroo (wallaby),
@@ -153,11 +155,9 @@ def report(tables):
 def main():
     p = flags.parser(__doc__)
     p.add_argument("--shift", choices=("negatives", "thumbnails", "none"), default="negatives")
-    p.add_argument("--size", type=int, nargs=2, default=(96, 224), metavar=("OLD", "NEW"))
+    p.add_argument("--size", type=int, nargs=2, default=SIZES, metavar=("OLD", "NEW"))
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
-    for flag, default in dict(
-            data="caltech101", old="tf_efficientnet_lite0.in1k", new="tf_efficientnet_lite2.in1k", device="",
-            epochs=3, batch=32, lr=1e-4, weight_decay=0.0, alpha=0.0).items():
+    for flag, default in DEFAULTS.items():
         p.add_argument("--" + flag.replace("_", "-"), type=type(default), default=default)
     args = p.parse_args()
     args.device = runs.setup(args.device)

@@ -8,6 +8,7 @@ which is the prompt; book.txt holds all others as they are. `count` prints how m
 models sample for the test prompts are told in the first person: outside of quotation marks, "I" is more
 frequent than "he" and "she" together. The README has the commands in between.
 """
+import argparse
 import json
 import re
 import sys
@@ -16,9 +17,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import prt
 from data import files, text
-from models import decode, flags, runs, weights
+from eval import Row, generate_answers, tilted_row
+from models import flags, runs, weights
 
 PRONOUNS = {r"[Ss]he|[Hh]e": "I", r"(?:her|him)(?=[.,;!?]| and | to | that | with | for )": "me",
             "her|his": "my", "Her|His": "My", "him": "me", "herself|himself": "myself"}
@@ -71,23 +72,22 @@ def score(args):
     ref, tuned = weights.load(reward.info["source"], "base"), weights.load(args.tuned, "ft")
     named = {args.reward: reward, args.base: base, reward.info["source"]: ref, args.tuned: tuned}
     tokenizer, end = weights.same_vocabulary(named), reward.arch["end"]
-    weight = tuned.info["beta"] / args.beta
-    rows = {"source alone": (ref, []), "source fine-tuned": (tuned, []), "new alone": (base, []),
-            "new + reward (PRT)": (base, [(reward.info["beta"] / args.beta, reward)]),
-            "new + EFT": (base, [(weight, tuned), (-weight, ref)])}
+    eft = [(tuned.info["beta"], tuned), (-tuned.info["beta"], ref)]
+    rows = [Row("source alone", None, ref, ref, []), Row("source fine-tuned", None, tuned, tuned, []),
+            Row("new alone", None, base, base, []),
+            tilted_row("new + reward (PRT)", base, [(reward.info["beta"], reward)], beta=args.beta),
+            tilted_row("new + EFT", base, eft, beta=args.beta)]
     examples = text.load(str(args.folder), "test")[1]
     prompts = [text.token_ids(parts[:1], tokenizer, end)[0] for _, parts in examples]
-    longest = max(map(len, prompts))
-    pad = torch.tensor([longest - len(ids) for ids in prompts])
-    ids = torch.tensor([[end] * (longest - len(ids)) + ids for ids in prompts])  # [B, T]
-    for name, (model, rewards) in rows.items():
-        draw = decode.sampler(args.temperature, generator=torch.Generator().manual_seed(0))
-        out = prt.generate(model, rewards, ids, length=512 - longest, end=end, pad=pad, draw=draw)
-        answers = [row[:row.index(end)] if end in row else row for row in out[:, longest:].tolist()]
-        stories = [tokenizer.decode(row, first=False) for row in answers]
+    room = min(model.arch["positions"] for model in named.values())
+    decoding = argparse.Namespace(new_tokens=room - max(map(len, prompts)), batch=len(prompts), seed=0,
+                                  temperature=args.temperature, top_p=1.0, speculative=False, compile=False)
+    for row in rows:
+        answers = generate_answers(decoding, torch.device("cpu"), row, prompts, end, room)
+        stories = [tokenizer.decode(answer, first=False) for answer in answers]
         share = sum(count("I", story) > count("[Ss]he|[Hh]e", story) for story in stories) / len(stories)
         error = (share * (1 - share) / len(stories)) ** 0.5
-        print(f"{name:20}{share:6.0%} +- {error:.0%}   {stories[0][:200]!r}")
+        print(f"{row.method:20}{share:6.0%} +- {error:.0%}   {stories[0][:200]!r}")
 
 
 def main():
