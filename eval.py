@@ -31,7 +31,7 @@ SHADES = ((4, 203), (2, 209), (1, 216), (0.5, 223), (0.1, 230))  # KL in nats ->
 COLUMNS = dict(top1=("top-1", "{:.2%}"), form=("parsed", "{:.1%}"), exact=("exact", "{:.1%}"),
                error=("std. err.", "{:.1%}"), nll=("NLL", "{:.3f}"), accuracy=("token acc", "{:.1%}"),
                kl=("KL", "{:.3f}"), ms=("ms/image", "{:.3f}"), speed=("tokens/s", "{:.0f}"),
-               mib=("MiB", "{:.1f}"))
+               mib=("MiB", "{:.1f}"), bytes=("bytes", "{:,}"))
 
 
 def parse():
@@ -135,13 +135,13 @@ def main():
 def load_models(args, device):
     """Returns the Models, each checked for its role; ref is None if it is not found and no flag needs it."""
     dtype = runs.frozen_dtype(device)
-    reward = weights.load(args.reward[0], "prt", dtype=dtype).to(device)
+    reward = weights.load(args.reward[0], "prt", dtype=dtype, ref=args.ref).to(device)
     info, loaded = reward.info, {(args.reward[0], "prt"): reward}
     is_text = info["kind"] == "gpt"
 
     def load(path, role):
         if (path, role) not in loaded:
-            model = weights.load(path, role, is_text, dtype).to(device)
+            model = weights.load(path, role, is_text, dtype, args.ref).to(device)
             if role == "base" and not is_text:
                 model = classifier(model, images.prompts(info["classes"], info["templates"]))
             loaded[path, role] = model
@@ -224,6 +224,14 @@ def tilted_row(method, base, terms, ref=None, beta=None):
     return Row(method, beta or terms[0][0], base, base, rewards, ref and (ref, rewards))
 
 
+def file_bytes(args, models):
+    """Returns model -> bytes of its file, for the rewards and --tuned; {} if all rewards are of one kind."""
+    if len({model.info.get("ticket", {}).get("kind") for model in models.rewards}) == 1:
+        return {}
+    pairs = zip((*args.reward, args.tuned), (*models.rewards, models.tuned))
+    return {model: os.path.getsize(path) for path, model in pairs if model}
+
+
 # Images
 
 def image_table(args, device, models):
@@ -261,14 +269,16 @@ def image_table(args, device, models):
         predict = functools.partial(runs.predict, batch=args.batch)
         return measure(used, lambda: [predict(m, x).cpu() for m, x in zip(used, batches)], device)
 
-    results, answers, rows = [], [], plan(args, models, quality)
+    results, answers, rows, sizes = [], [], plan(args, models, quality), file_bytes(args, models)
     for row in rows:
         log_probs = prt.mixture(row.base, row.rewards, logits)
-        seconds, mib, _ = cost(row.base, *(model for _, model in row.rewards))
+        used = [row.base, *(model for _, model in row.rewards)]
+        seconds, mib, _ = cost(*used)
         results.append(dict(method=row.method, beta=row.beta, top1=runs.accuracy(log_probs, data.labels),
                             nll=F.nll_loss(log_probs, data.labels).item(),
                             kl=prt.kl(log_probs, logits(row.kl_base)).mean().item(),
-                            ms=1000 * seconds / min(args.batch, len(data.labels)), mib=mib))
+                            ms=1000 * seconds / min(args.batch, len(data.labels)), mib=mib,
+                            bytes=sum(sizes.get(model, 0) for model in used) if sizes else None))
         answers.append(log_probs.argmax(-1))
     distance = models.ref and prt.kl(logits(models.ref).log_softmax(-1), logits(models.base)).mean().item()
     about = dict(data=name, images=len(data.labels), kl_of_bases=distance) | how_chosen(args, models, "top-1")
@@ -351,7 +361,7 @@ def text_table(args, device, models, rows, name, respond, tokenizer, end, room):
     data = text.encode(examples, tokenizer, end, room)
     test_batches = batches(data, torch.arange(len(data.ids)), args.batch)
     score = functools.partial(runs.score_texts, batches=test_batches)
-    results = []
+    results, sizes = [], file_bytes(args, models)
     for row in rows:
         used = [row.base, *(model for _, model in row.rewards)]
         # With --compile, all of it runs twice: every batch size and length is compiled before it is measured.
@@ -364,7 +374,8 @@ def text_table(args, device, models, rows, name, respond, tokenizer, end, room):
         results.append(dict(method=row.method, beta=row.beta, form=form, exact=exact,
                             error=math.sqrt(exact * (1 - exact) / len(answers)),
                             **score(row.kl_base, rewards), mib=mib,
-                            speed=sum(len(answer) + 1 for answer in answers) / seconds))
+                            speed=sum(len(answer) + 1 for answer in answers) / seconds,
+                            bytes=sum(sizes.get(model, 0) for model in used) if sizes else None))
     distance = models.ref and score(models.base, [(1.0, models.ref), (-1.0, models.base)])["kl"]
     about = dict(data=name, examples=len(examples), kl_of_bases=distance) | how_chosen(args, models, "NLL")
     print_table(args, device, results, about)

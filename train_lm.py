@@ -40,7 +40,7 @@ def parse():
     p, run, recipe, machine = flags.training(__doc__, PAPER, SCRATCH, STAGES, "3%% of the steps")
     run.add_argument("--data", default="arithmetic", help="arithmetic, gsm8k, a .jsonl, .parquet, or .txt "
                      "file, or a folder with train.* and test.* (default: arithmetic)")
-    run.add_argument("--reward-init", help="start the reward from this model (default: --base)")
+    run.add_argument("--reward-init", help="start the reward from a model, or random (default: --base)")
     run.add_argument("--size", choices=SIZES, help="size of the GPT to pretrain (default: new)")
     recipe.add_argument("--epochs", type=flags.positive(float), help="data passes if no --steps (default: 2)")
     recipe.add_argument("--length", type=flags.positive(int),
@@ -90,6 +90,7 @@ def train(args, device, state):
     info = dict(kind="gpt", arch=policy.arch, tokenizer=tokenizer.text, template=template, data=args.data)
     if base:
         info |= dict(method=args.method, beta=args.beta, source=args.base)
+        runs.initialize(args, policy, info)
 
     def fetch(i, generator):
         return *runs.to_device(text.collate(data, i), device), None
@@ -115,7 +116,7 @@ def load_models(args, device):
     with files.lock():
         if args.base is not None:
             base = weights.load(args.base, "base", text=True, dtype=runs.frozen_dtype(device))
-            start = args.reward_init or args.base
+            start = args.base if args.reward_init in (None, "random") else args.reward_init
             policy = weights.load(start, text=True)
             tokenizer = weights.same_vocabulary({f"--base {args.base}": base, f"reward of {start}": policy})
         else:

@@ -32,6 +32,7 @@ def parse():
     run.add_argument("--data", default="shapes", help="shapes, cifar100, caltech101, flowers, resisc45, "
                      "cars, aircraft, country211, a Hub id, or a folder (default: shapes)")
     run.add_argument("--size", choices=SIZES, help="size of the CLIP to pretrain (default: small)")
+    run.add_argument("--reward-init", choices=["random"], help="random weights (default: those of --base)")
     recipe.add_argument("--augment", action="store_true", help="random crops and flips")
     return p.parse_args()
 
@@ -78,6 +79,7 @@ def tune(args, device, state):
 
     info = dict(kind="classifier", arch=policy.arch, classes=data.classes, templates=data.templates,
                   data=args.data, method=args.method, beta=args.beta, source=args.base)
+    runs.initialize(args, policy, info)
     prt.fit(policy, runs.order(args, len(data.labels)), fetch,
             **runs.fit_options(args, args.steps, args.steps // 4, policy, base, device, info, state))
 

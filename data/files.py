@@ -4,7 +4,9 @@ Files from outside are data, not code: unpickling is limited to tensors and plai
 """
 import contextlib
 import fcntl
+import gzip
 import http.client
+import io
 import json
 import math
 import mmap
@@ -60,11 +62,15 @@ def lock():
         yield
 
 
-def save(path, tensors):
+def save(path, tensors, compress=False):
     """Writes a dict of tensors and plain values atomically. Raises OSError that names the file."""
     try:
         with atomic(path) as f:
-            torch.save(tensors, f)
+            if compress:
+                with gzip.GzipFile("", "wb", fileobj=f, mtime=0) as z:  # no name and time: the same bytes
+                    torch.save(tensors, z)
+            else:
+                torch.save(tensors, f)
     except (OSError, RuntimeError) as error:  # torch's own writer hides the OSError of a full disk
         if isinstance(error.__context__, SystemExit):
             raise error.__context__ from None  # a signal ended the program
@@ -72,10 +78,10 @@ def save(path, tensors):
 
 
 def read(path, lazy=False):
-    """Returns the dict in a .safetensors file, a file of torch.save, or a TorchScript archive.
+    """Returns the dict in a .safetensors file, a file of torch.save or `save`, or a TorchScript archive.
 
-    Unpickles with weights_only=True. lazy: a file of torch.save is read on first use of its tensors. Raises
-    ValueError if the file is damaged.
+    Unpickles with weights_only=True. lazy: a file of torch.save is read on first use of its tensors, unless
+    it is compressed. Raises ValueError if the file is damaged.
     """
     # torch has no common class for what a damaged file can raise.
     with open(path, "rb") as f, explain(f"{path}: damaged, truncated, or not a checkpoint", Exception):
@@ -84,10 +90,23 @@ def read(path, lazy=False):
         names = zipfile.ZipFile(f).namelist() if zipfile.is_zipfile(f) else []
         if any(name.endswith("/constants.pkl") for name in names):  # OpenAI's own files
             return torch.jit.load(path, map_location="cpu").state_dict()
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
+        f.seek(0)
+        compressed = f.read(2) == b"\x1f\x8b"  # as every gzip file begins
+        content = torch.load(decompress(f) if compressed else path, map_location="cpu", weights_only=True,
+                             mmap=lazy and not compressed)
         if not isinstance(content, dict):
             raise TypeError(f"it holds a {type(content).__name__}, not a dict")
         return content
+
+
+def decompress(f):
+    """Returns a file in memory with the content of a gzip file. Raises ValueError if it is too large."""
+    f.seek(0)
+    limit = 2**20 + 64 * os.fstat(f.fileno()).st_size  # masks, which `save` compresses, hardly get smaller
+    content = gzip.GzipFile(fileobj=f).read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it expands to more than {limit} bytes")
+    return io.BytesIO(content)
 
 
 def read_safetensors(f):

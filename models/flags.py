@@ -2,6 +2,8 @@
 import argparse
 import math
 
+TICKET = dict(lr=1e-2, weight_decay=0.0, keep=0.5, freeze=0.0)  # the recipe's changes with --ticket
+
 
 def parser(doc, epilog=None):
     return argparse.ArgumentParser(description=doc, epilog=epilog,
@@ -21,7 +23,8 @@ def training(doc, tuning, pretraining, stages, warmup):
     lines = [f"  {name:7}" + "".join(f" --{flag.replace('_', '-')} {value}" for flag, value in recipe.items())
              for name, recipe in stages.items()]
     p = parser(doc, "without any of --data, --base, and --method, trains these models:\n" + "\n".join(lines))
-    run, recipe, machine = (p.add_argument_group(name) for name in ("run", "recipe", "machine"))
+    run, recipe, ticket, machine = (p.add_argument_group(name)
+                                    for name in ("run", "recipe", "a reward in a small file", "machine"))
     run.add_argument("--base", help=f"checkpoint, folder, or Hub id of the frozen base {default('base')}")
     run.add_argument("--method", choices=("prt", "ft", "pretrain"),
                      help="train a reward, a fine-tuned model, or a base from scratch (default: prt)")
@@ -39,6 +42,14 @@ def training(doc, tuning, pretraining, stages, warmup):
     recipe.add_argument("--alpha", type=float, default=0.0, help="entropy bonus, eq. 12 (default: 0)")
     recipe.add_argument("--hold-out", type=positive(float, below=1), default=0.0, help="share of the training"
                         " split to leave to eval.py --beta auto (default: 0)")
+    lr, weight_decay, keep, freeze = TICKET.values()
+    ticket.add_argument("--ticket", choices=("random", "base"), help="train a mask over weights that are "
+                        "random, or those of --base (default: none). Changes the defaults of --lr and "
+                        f"--weight-decay to {lr} and {weight_decay:g}")
+    ticket.add_argument("--keep", type=positive(float, below=1), help="share of ones in the mask "
+                        f"(default: {keep})")
+    ticket.add_argument("--freeze", type=positive(float, below=1), help="share of the mask that is random, "
+                        f"which saves its bits (default: {freeze:g})")
     machine.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     machine.add_argument("--compile", action="store_true", help="use torch.compile for the networks")
     return p, run, recipe, machine

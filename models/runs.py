@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 import prt
 from data import files
-from models import flags
+from models import flags, tickets, weights
+from models.tokenizer import Tokenizer
 
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # saved as one process would save it
 # Flags that may change when a run is resumed.
@@ -176,6 +177,20 @@ def permutation(n, seed, epoch):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
 
 
+def initialize(args, policy, info):
+    """Does what --reward-init random and --ticket ask for, in place; info: entries of the checkpoint."""
+    if args.reward_init == "random":
+        fresh = weights.network(info["kind"], policy.arch, getattr(policy, "head", None))
+        policy.load_state_dict(fresh.state_dict())
+    if args.ticket:
+        if args.reward_init:
+            raise ValueError("--reward-init: a ticket's weights are those that --ticket names; leave it out")
+        settings = dict(kind=args.ticket, keep=args.keep, freeze=args.freeze, seed=args.seed)
+        info["ticket"] = tickets.convert(policy, settings)
+        if info["kind"] == "gpt":
+            info["tokenizer"] = Tokenizer(info["tokenizer"], args.base).hash  # the text needs more bytes
+
+
 def fit_options(args, steps, warmup, policy, base, device, info, state):
     """Returns keyword arguments of prt.fit: values of flags, and base, optimizer, start, stop, and save.
 
@@ -238,16 +253,26 @@ def begin(args):
 def save(args, info, policy, optimizer, step, steps):
     """Writes a checkpoint to args.out, with the optimizer's state unless it is the last of the run.
 
-    Exits the program if a signal came and steps are left.
+    The last one of a ticket holds its masks instead of weights. Exits the program if a signal came and steps
+    are left.
     """
     model_state, optimizer_state = get_state_dict(policy, optimizer, options=FULL_STATE)
-    unfinished = dict(optimizer=optimizer_state) if step < steps else {}
+    finished, is_ticket = step == steps, "ticket" in info
     if not dist.is_initialized() or dist.get_rank() == 0:
-        files.save(args.out, info | dict(args=settings(args), model=model_state, step=step) | unfinished)
+        content = info | dict(args=settings(args), step=step)
+        if is_ticket:
+            content["ticket"] = info["ticket"] | dict(masks=weights.pack_masks(policy, model_state))
+        if not (finished and is_ticket):
+            content["model"] = model_state
+        if not finished:
+            content["optimizer"] = optimizer_state
+        files.save(args.out, content, compress=finished and is_ticket)
+        if finished:
+            print(f"{args.out}: {Path(args.out).stat().st_size:,} bytes")
     if dist.is_initialized():
         dist.barrier()  # no process continues before the file exists
-    STOP.training = step < steps
-    if stopping() and step < steps:
+    STOP.training = not finished
+    if stopping() and not finished:
         print(f"{args.out} has {step} of {steps} steps; continue with the same command and --resume")
         sys.exit(128 + STOP.signal)
 
@@ -259,6 +284,10 @@ def launch(args, data, tuning, pretraining, stages, train):
     whose `base` is an earlier stage. A finished stage is not run again. train: called with the arguments, the
     device, and the checkpoint to continue from, or None.
     """
+    if args.method == "pretrain" and (args.ticket or args.reward_init):
+        raise ValueError("--ticket and --reward-init are for rewards, not for --method pretrain")
+    if args.ticket is None and (args.keep or args.freeze):
+        raise ValueError("--keep and --freeze are for tickets: add --ticket random or --ticket base")
     device = setup(args.device)
 
     def start(run):
@@ -268,8 +297,12 @@ def launch(args, data, tuning, pretraining, stages, train):
 
     if args.data != data or args.method or args.base:
         recipe = pretraining if args.method == "pretrain" else tuning
+        if args.ticket:
+            recipe = recipe | flags.TICKET
         out = f"out/{Path(args.data).name}-{args.method or 'prt'}.pt"
         return start(flags.resolve(args, recipe | dict(out=out)))
+    if args.ticket:
+        raise ValueError(f"--ticket needs a --base, such as out/{data}-0/old.pt of the run without arguments")
     folder = Path(args.out or f"out/{data}-{args.seed}")
     for name, stage in stages.items():
         # The recipe fixes the data, method, size, and base; all other flags apply to every stage.

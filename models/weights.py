@@ -4,10 +4,13 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch.nn.utils.parametrize import ParametrizationList
 
-from data import files
-from models.clip import CLIP, Classifier, image_tower
+from data import files, images
+from models import tickets
+from models.clip import CLIP, Classifier, classifier, image_tower
 from models.gpt import GPT
 from models.tokenizer import Tokenizer
 
@@ -15,7 +18,7 @@ ROLES = dict(base="a base", prt="a reward", ft="a fine-tuned model")  # role or 
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
-def load(source, role=None, text=None, dtype=torch.float32):
+def load(source, role=None, text=None, dtype=torch.float32, ref=None):
     """Returns a model in eval mode on the CPU; model.info holds its metadata, such as kind and method.
 
     source: a checkpoint of this project; a folder, or a Hub id org/name, in OpenCLIP's layout
@@ -24,6 +27,7 @@ def load(source, role=None, text=None, dtype=torch.float32):
         dict (.pt, .safetensors); OpenAI's TorchScript .pt.
     role: the role that it must have, a key of ROLES. text: True for a model for text, False for images.
     dtype: dtype of a GPT's weights.
+    ref: the source base, for a ticket that is a mask over its weights (default: the path stored in it).
 
     Raises ValueError or OSError that names the file.
     """
@@ -56,7 +60,8 @@ def load(source, role=None, text=None, dtype=torch.float32):
                 file = fetch("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
             content = files.read(file)
             is_checkpoint = "kind" in content
-            model = checkpoint_model(content, dtype) if is_checkpoint else clip_model(content, config, file)
+            model = (checkpoint_model(content, dtype, ref) if is_checkpoint
+                     else clip_model(content, config, file))
         is_role, is_text = model.info.get("method", "base"), model.info["kind"] == "gpt"
         description = describe(is_role, is_text)
     except files.DAMAGE as error:
@@ -78,13 +83,9 @@ def build(arch, tensors, info, dtype=torch.float32):
     info: its kind is "clip" (two towers), "classifier", or "gpt". The model is built on the meta device, so
     that no weight is in memory twice.
     """
-    kind = info["kind"]
-    (check_gpt if kind == "gpt" else check_clip)(arch, tensors)
+    (check_gpt if info["kind"] == "gpt" else check_clip)(arch, tensors)
     with torch.device("meta"):
-        if kind == "classifier":
-            model = Classifier(arch, image_tower(arch), tensors["head"])
-        else:
-            model = dict(clip=CLIP, gpt=GPT)[kind](arch)
+        model = network(info["kind"], arch, tensors.get("head"))
     for name, x in tensors.items():
         tensors[name] = x.to(dtype) if x.is_floating_point() else x
     model.load_state_dict(tensors, assign=True)
@@ -92,11 +93,81 @@ def build(arch, tensors, info, dtype=torch.float32):
     return model.eval().requires_grad_(True)
 
 
-def checkpoint_model(checkpoint, dtype):
+def network(kind, arch, head=None):
+    """Returns a model with new random weights; head: that of a classifier."""
+    if kind == "classifier":
+        return Classifier(arch, image_tower(arch), head)
+    return dict(clip=CLIP, gpt=GPT)[kind](arch)
+
+
+def checkpoint_model(checkpoint, dtype, ref):
     """Returns the model in a checkpoint of this project; dtype: of a GPT. Image models are float32."""
     info = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
     dtype = dtype if info["kind"] == "gpt" else torch.float32
+    if "ticket" in info:
+        return ticket_model(info, dtype, ref)
     return build(checkpoint["arch"], checkpoint["model"], info, dtype)
+
+
+# Tickets
+
+def ticket_model(info, dtype, ref):
+    """Returns the network of a ticket: its fixed weights, drawn or loaded once more, times its masks.
+
+    info: the checkpoint. Raises ValueError if these are not the weights that the ticket was trained with, and
+    OSError if its source base is not found.
+    """
+    kind, arch, ticket = info["kind"], info["arch"], info["ticket"]
+    head = None if kind == "gpt" else torch.empty(len(info["classes"]), arch["embed_dim"])
+    layers = arch["layers"] if isinstance(arch["layers"], list) else [arch["layers"]]
+    if max(layers) > 8 * len(ticket["masks"]):
+        raise ValueError(f"{layers} layers, but masks of {len(ticket['masks'])} bytes")
+    with torch.device("meta"):
+        check_ticket(ticket, network(kind, arch, head))
+    if ticket["kind"] == "random":
+        model, cause = network(kind, arch, head), "another version of torch has other random numbers"
+    else:
+        ref = ref or info["source"]
+        cause = f"{ref} is not the base that it was trained on; --ref names that"
+        try:
+            model = load(ref, "base", text=kind == "gpt")
+        except OSError as error:
+            raise OSError(f"{error}; a ticket is a mask over these weights: name them with --ref") from None
+        if kind == "classifier":
+            model = classifier(model, images.prompts(info["classes"], info["templates"]))
+    parts, checksum = tickets.masks_of(model, ticket)
+    if checksum != ticket["checksum"]:
+        raise ValueError(f"its masks are for other weights than those it gets here: {cause}")
+    tensors, sizes = model.state_dict(), [len(part.searched) for part in parts.values()]
+    bits = np.unpackbits(ticket["masks"].numpy())[:sum(sizes)]
+    for (name, part), mask in zip(parts.items(), torch.from_numpy(bits).float().split(sizes)):
+        tensors[name] = part.masked(mask)
+    return build(arch, tensors, info, dtype)
+
+
+def pack_masks(model, state):
+    """Returns the masks of a ticket, sorted by name, as uint8 [bits / 8]; state: its state dict (scores)."""
+    masks = {name.replace("parametrizations.", ""): tickets.Mask.apply(state[f"{name}.original"], module[0].k)
+             for name, module in model.named_modules() if isinstance(module, ParametrizationList)}
+    bits = torch.cat([mask for _, mask in sorted(masks.items())]).bool()
+    return torch.from_numpy(np.packbits(bits.numpy()))
+
+
+def check_ticket(ticket, model):
+    """Raises ValueError unless a ticket's settings are valid and it has a bit for each searched weight.
+
+    model: the network on the meta device, so that no damaged file allocates more than its masks account for.
+    """
+    kind, keep, freeze, masks = (ticket[k] for k in ("kind", "keep", "freeze", "masks"))
+    if kind not in ("random", "base") or not (0 < keep < 1 and 0 <= freeze < 1):
+        raise ValueError(f"a ticket of kind {kind!r:.50}, keep {keep!r:.50}, freeze {freeze!r:.50}: the "
+                         "kinds are random and base, the others shares from 0 (keep: above 0) to below 1")
+    sizes = [p.numel() for name, p in model.named_parameters() if tickets.is_masked(name, p)]
+    bits = sum(tickets.counts(n, ticket)[1] for n in sizes)
+    if masks.dtype != torch.uint8 or masks.shape != (math.ceil(bits / 8),):
+        raise ValueError(f"masks of {masks.numel()} bytes for a network that needs {math.ceil(bits / 8)}")
+    if (total := sum(p.numel() for p in model.parameters())) > 10_000 * bits:
+        raise ValueError(f"{total} weights, of which only {bits} have a bit in the masks")
 
 
 # CLIP
@@ -306,14 +377,17 @@ def tokenizer_text(fetch):
 def same_vocabulary(models):
     """Returns the tokenizer that GPTs share, and limits their logits to its number of tokens.
 
-    models: name -> GPT. Raises ValueError if the tokenizers differ, or an output matrix has too few rows.
+    models: name -> GPT. Raises ValueError if the tokenizers differ, or an output matrix has too few rows. A
+    ticket has only the hash of its tokenizer, which would be larger than its masks.
     """
-    tokenizers = {name: Tokenizer(model.info.get("tokenizer"), name) for name, model in models.items()}
-    (first_name, first), *others = tokenizers.items()
-    for name, other in others:
-        if other.hash != first.hash:
-            raise ValueError(f"{first_name} has {first.size} tokens ({first.hash[:8]}), {name} {other.size} "
-                             f"({other.hash[:8]}): a reward and its base must have the same tokenizer")
+    tokenizers = {name: Tokenizer(model.info.get("tokenizer"), name) for name, model in models.items()
+                  if "ticket" not in model.info}
+    first_name, first = next(iter(tokenizers.items()))
+    for name, model in models.items():
+        other = tokenizers[name].hash if name in tokenizers else model.info["tokenizer"]
+        if other != first.hash:
+            raise ValueError(f"{first_name} has {first.size} tokens ({first.hash[:8]}), {name} other ones "
+                             f"({other!s:.8}): a reward and its base must have the same tokenizer")
     size = min(tokenizer.size for tokenizer in tokenizers.values())
     rows = {name: model.size for name, model in models.items()}
     if min(rows.values()) < size:

@@ -234,8 +234,8 @@ def interrupt(patch):
     """Makes a run save after every step and stop after the first of them."""
     fit, save = prt.fit, files.save
 
-    def save_and_stop(path, checkpoint):
-        save(path, checkpoint)
+    def save_and_stop(path, checkpoint, **options):
+        save(path, checkpoint, **options)
         if checkpoint.get("optimizer"):
             raise KeyboardInterrupt
 

@@ -21,14 +21,15 @@ NO_DEFAULT = {
     "train_lm.py": {"resume", "drop", "recompute", "compile"},
     "eval.py": {"run", "reward", "base", "tuned", "oracle", "limit", "json", "picture", "prompt",
                 "speculative", "compile"}}
+TICKET = {"a reward in a small file": "ticket keep freeze"}
 GROUPS = {
-    "train_vision.py": dict(run="base method out resume seed data size",
+    "train_vision.py": dict(run="base method out resume seed data size reward_init",
                             recipe="steps batch accum lr warmup weight_decay beta alpha hold_out augment",
-                            machine="device compile"),
+                            **TICKET, machine="device compile"),
     "train_lm.py": dict(run="base method out resume seed data reward_init size",
                         recipe="steps batch accum lr warmup weight_decay beta alpha hold_out epochs length "
                                "drop",
-                        machine="device compile recompute chunk"),
+                        **TICKET, machine="device compile recompute chunk"),
     "eval.py": {"models": "run reward base ref tuned oracle beta",
                 "table": "data limit batch json picture device",
                 "answers to text": "prompt new_tokens temperature top_p seed speculative compile responses"}}

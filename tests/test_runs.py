@@ -359,7 +359,8 @@ def launch(tmp_path):
             files.save(args.out, dict(args=runs.settings(args)) | optimizer)
 
         values = dict(data="shapes", method=None, base=None, lr=None, size=None, seed=5, resume=False,
-                      device=None, out=str(tmp_path / "out")) | given
+                      ticket=None, keep=None, freeze=None, reward_init=None, device=None,
+                      out=str(tmp_path / "out")) | given
         tuning, pretraining = dict(method="prt", base="hub", lr=0.1), dict(lr=0.2)
         runs.launch(argparse.Namespace(**values), "shapes", tuning, pretraining, STAGES, train)
         return trained

@@ -168,7 +168,7 @@ def test_an_interrupted_command_resumes_bit_for_bit(in_shapes, tmp_path, monkeyp
     assert call(*command, whole) == 0
     save = files.save
 
-    def save_and_fail(path, checkpoint):
+    def save_and_fail(path, checkpoint, **options):
         save(path, checkpoint)
         raise OSError(f"interrupted at step {checkpoint['step']}")
 

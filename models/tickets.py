@@ -1,0 +1,120 @@
+"""Rewards as strong lottery tickets: masks over weights that are never trained.
+
+Every weight w has a score. The network computes with m * w, where m is 1 for the share `keep` of the weights
+with the highest scores, and else 0 (Edge-Popup, Ramanujan et al. 2020). A file holds a bit per weight. The
+weights are those of the source base (kind "base"), or come from a seed (kind "random").
+
+Otsuka et al. (TMLR 2025, arXiv 2402.14029) freeze a random share `freeze` of the weights before training: the
+share `keep` of it is locked (m = 1), the rest pruned (m = 0). Only the others are searched: they have scores,
+and bits in the file. Masked are matrices and convolutions; embeddings, norms, and biases stay as they are.
+"""
+import hashlib
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from models.clip import Classifier
+
+
+class Mask(torch.autograd.Function):
+    """The mask of the k highest scores, with a straight-through gradient.
+
+    forward: m_i = 1 if s_i is one of the k highest scores (of equal ones, the first), else 0.
+    backward: dL/ds_i = dL/dm_i, as if m were s. As the weight is m_i w_i, this is w_i dL/d(m_i w_i).
+    """
+
+    @staticmethod
+    def forward(ctx, scores, k):
+        """Maps scores [S] to a mask [S] of zeros and ones; 1 <= k <= S."""
+        threshold = scores.kthvalue(len(scores) - k + 1).values
+        above, equal = scores > threshold, scores == threshold
+        return (above | (equal & (equal.cumsum(0) <= k - above.sum()))).to(scores.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+class Ticket(nn.Module):
+    """Computes m * w from the scores [S] of the searched weights; a parametrization of torch.nn.utils."""
+
+    def __init__(self, weight, settings, generator):
+        super().__init__()
+        n, device = weight.numel(), weight.device
+        locked, searched, self.k = counts(n, settings)
+        order = torch.randperm(n, generator=generator).to(device)
+        mask = torch.zeros(n, device=device).index_fill(0, order[:locked], 1.0)
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("locked", mask, persistent=False)
+        self.register_buffer("searched", order[n - searched:].sort().values, persistent=False)
+
+    def forward(self, scores):
+        return self.masked(Mask.apply(scores, self.k))
+
+    def masked(self, mask):
+        """Returns m * w, given the mask [S] of the searched weights."""
+        return self.locked.index_copy(0, self.searched, mask).view_as(self.weight) * self.weight
+
+    def right_inverse(self, weight):
+        """Returns the first scores [S]: magnitudes times noise, since those of random weights are equal."""
+        magnitudes = weight.abs().flatten()[self.searched]
+        return magnitudes * torch.rand_like(magnitudes)
+
+
+def counts(n, settings):
+    """Returns how many of n weights are locked, how many are searched, and how many of these are kept."""
+    keep, freeze = settings["keep"], settings["freeze"]
+    locked, pruned = round(freeze * keep * n), round(freeze * (1 - keep) * n)
+    searched = max(1, n - locked - pruned)
+    return locked, searched, min(max(1, round(keep * n) - locked), searched)
+
+
+def is_masked(name, parameter):
+    return parameter.ndim > 1 and "embed" not in name
+
+
+@torch.no_grad()
+def randomize(model, keep, generator):
+    """Replaces matrices by signed Kaiming constants, +-(2 / (keep * inputs))^0.5 with random signs.
+
+    A Classifier's head becomes random, too, so that the ticket needs no text tower.
+    """
+    def signs(shape):
+        return torch.randint(2, shape, generator=generator) * 2.0 - 1
+
+    for name, p in model.named_parameters():
+        if is_masked(name, p):  # [outputs, inputs, ...]
+            p.copy_(signs(p.shape) * (2 / (keep * p[0].numel())) ** 0.5)
+        else:
+            p.copy_(signs(p.shape) if "embed" in name else torch.full(p.shape, 1.0 - name.endswith("bias")))
+    if isinstance(model, Classifier):
+        model.head.copy_(signs(model.head.shape) * model.head.shape[1] ** -0.5 / 0.07)  # CLIP's first scale
+
+
+def masks_of(model, settings):
+    """Returns sorted name -> Ticket, and a checksum; a "random" model first gets its weights, in place."""
+    generator = torch.Generator().manual_seed(settings["seed"])
+    if settings["kind"] == "random":
+        randomize(model, settings["keep"], generator)
+    parts = {name: Ticket(p.detach(), settings, generator) for name, p in sorted(model.named_parameters())
+             if is_masked(name, p)}
+    checksum = hashlib.sha256()
+    for x in (*model.parameters(), *(part.locked for part in parts.values())):
+        checksum.update(x.detach().cpu().contiguous().numpy())
+    return parts, checksum.hexdigest()
+
+
+def convert(model, settings):
+    """Turns a GPT or Classifier into a ticket, in place; returns the settings with their checksum.
+
+    settings: kind, keep, freeze, seed. The scores are the model's only parameters that require a gradient.
+    """
+    tickets, checksum = masks_of(model, settings)
+    model.requires_grad_(False)
+    for name, ticket in tickets.items():
+        path, _, parameter = name.rpartition(".")
+        module = model.get_submodule(path)
+        parametrize.register_parametrization(module, parameter, ticket, unsafe=True)  # changes the shape
+        module.parametrizations[parameter].original.requires_grad_()
+    return settings | dict(checksum=checksum)
