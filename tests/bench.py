@@ -35,17 +35,20 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import prt
 import train_lm
+import train_vision
 from data import images, text
 from models import decode as decoding
-from models import runs, weights
+from models import runs, tickets, weights
 from models.clip import CLIP, Classifier, Preprocess, image_tower
 from models.gpt import GPT
 from models.tokenizer import Tokenizer
 
 PROC = Path("/proc/self")
+TICKET = dict(kind="random", keep=0.5, freeze=0.0, seed=0)
 TOWER = dict(embed_dim=512, text_width=512, text_layers=12, text_heads=8, context=77, vocab=49408,
              quick_gelu=False, mean=[0.5] * 3, std=[0.5] * 3)
-IMAGES = {"ViT-B-16": TOWER | dict(image_size=224, width=768, layers=12, patch=16, heads=12),
+IMAGES = {"tiny": train_vision.TINY,
+          "ViT-B-16": TOWER | dict(image_size=224, width=768, layers=12, patch=16, heads=12),
           "ViT-L-14": TOWER | dict(embed_dim=768, image_size=224, width=1024, layers=24, patch=14, heads=16),
           "RN50": TOWER | dict(embed_dim=1024, image_size=224, width=64, layers=[3, 4, 6, 3], heads=32)}
 
@@ -62,7 +65,8 @@ def qwen2(width, layers, heads, kv_heads, mlp, vocab, tied):
                 end=151643, layer_norm=False, gated_mlp=True, qkv_bias=True, bias=False)
 
 
-TEXTS = {"gpt2": gpt2(768, 12, 12), "gpt2-xl": gpt2(1600, 48, 25), "small": gpt2(256, 6, 4),
+TEXTS = {"tiny": train_lm.OLD | dict(vocab=550, end=549),
+         "gpt2": gpt2(768, 12, 12), "gpt2-xl": gpt2(1600, 48, 25), "small": gpt2(256, 6, 4),
          "qwen2.5-0.5b": qwen2(896, 24, 14, 2, 4864, 151936, True),
          "qwen2.5-1.5b": qwen2(1536, 28, 12, 2, 8960, 151936, True),
          "qwen2.5-7b": qwen2(3584, 28, 28, 4, 18944, 152064, False)}
@@ -111,15 +115,17 @@ plain_adamw = functools.partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0)
 
 
 def image_trainer(args, device, mode, make_optimizer=fused_adamw, **options):
-    """Returns a function that runs args.steps steps of `mode`: ft, prt, ft-augment, or prt-augment."""
+    """Returns a function that runs args.steps steps; mode: ft, prt, ft-augment, prt-augment, or ticket."""
     arch = IMAGES[args.image]
     torch.manual_seed(args.seed)
     size, head = arch["image_size"], torch.nn.functional.normalize(torch.randn(100, arch["embed_dim"]))
     policy = Classifier(arch, image_tower(arch), head).eval().to(device)
     pixels = torch.randint(0, 256, (2 * args.batch, 3, size, size), dtype=torch.uint8, device=device)
     labels = torch.randint(0, 100, (len(pixels),), device=device)
-    cached = runs.predict(policy, pixels, args.batch) if mode == "prt" else None
+    cached = runs.predict(policy, pixels, args.batch) if mode in ("prt", "ticket") else None
     base = copy.deepcopy(policy).requires_grad_(False) if mode == "prt-augment" else None
+    if mode == "ticket":
+        tickets.convert(policy, TICKET)
 
     def fetch(i, generator):
         i = i.to(device, non_blocking=True)
@@ -150,15 +156,16 @@ def image_step(args, device):
 def image_memory(args, device):
     """Peak memory of tuning over (fine-tuning's + the base's weights), each in a process of its own."""
     mib = {}
-    for mode in ("ft", "prt", "prt-augment"):
+    for mode in ("ft", "prt", "prt-augment", "ticket"):
         command = [sys.executable, __file__, "--peak", mode, "--image", args.image]
         command += ["--batch", str(args.batch), "--steps", str(args.steps)]
         command += ["--device", args.device] if args.device else []
         mib[mode] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     base = sum(p.nbytes for p in image_tower(IMAGES[args.image]).parameters()) / 2**20
     print(f"{args.image} peak MiB, batch {args.batch}: ft {mib['ft']:.0f}, base's weights {base:.0f}, prt "
-          f"{mib['prt']:.0f}, prt-augment {mib['prt-augment']:.0f}")
-    return dict(image_memory_prt_vs_ft_plus_base=mib["prt"] / (mib["ft"] + base),
+          f"{mib['prt']:.0f}, prt-augment {mib['prt-augment']:.0f}, ticket {mib['ticket']:.0f}")
+    return dict(image_memory_ticket_vs_prt=mib["ticket"] / mib["prt"],
+                image_memory_prt_vs_ft_plus_base=mib["prt"] / (mib["ft"] + base),
                 image_memory_augment_prt_vs_ft_plus_base=mib["prt-augment"] / (mib["ft"] + base))
 
 
@@ -468,17 +475,20 @@ def text_forward(args, device):
 
 
 def text_trainer(args, device, method, make_optimizer=fused_adamw, **options):
-    """Returns a function that runs args.steps steps on args.texts texts of args.length tokens."""
+    """Returns a function that runs args.steps steps on args.texts texts; method: ft, prt, or ticket."""
     policy = text_model(args.text, device).requires_grad_(True)
-    base = text_model(args.text, device, runs.frozen_dtype(device)) if method == "prt" else None
-    ids = torch.randint(0, 50000, (args.texts, args.length + 1), device=device)
+    base = text_model(args.text, device, runs.frozen_dtype(device)) if method != "ft" else None
+    if method == "ticket":
+        tickets.convert(policy, TICKET)
+    ids = torch.randint(0, policy.arch["vocab"], (args.texts, args.length + 1), device=device)
     index = torch.arange(ids[:, 1:].numel(), device=device)
 
     def run():
         with contextlib.redirect_stdout(io.StringIO()):
             prt.fit(policy, lambda step: torch.arange(args.texts),
                     lambda i, generator: ((ids[:, :-1], index), ids[:, 1:].flatten(), None), base=base,
-                    method=method, steps=args.steps, log_every=10**9, head=GPT.head,
+                    method="ft" if method == "ft" else "prt", steps=args.steps, log_every=10**9,
+                    head=GPT.head,
                     optimizer=make_optimizer(policy.parameters()), **options)
     return run
 
@@ -491,6 +501,17 @@ def text_step(args, device):
     print(f"{args.text} step, {args.texts} texts of {args.length} tokens: ft {ft:.3f} s ({done:.0%} of the "
           f"speed of a large matrix product), prt {reward:.3f} s")
     return dict(text_step_prt_vs_ft=reward / ft)
+
+
+def ticket_step(args, device):
+    """Step time of training a ticket over that of training a full reward, on images and on text."""
+    ratios = {}
+    for name, trainer in ((args.image, image_trainer), (args.text, text_trainer)):
+        runs = [trainer(args, device, mode) for mode in ("prt", "ticket")]
+        full, ticket = (seconds / args.steps for seconds in alternate(device, args.repeats, *runs))
+        print(f"{name} step: full reward {full:.3f} s, ticket {ticket:.3f} s")
+        ratios[f"ticket_step_{name}_vs_prt"] = ticket / full
+    return ratios
 
 
 def padding(data, parts):
@@ -543,7 +564,7 @@ def tokenizers(args, device):
 
 
 PARTS = {f.__name__: f for f in (decode, speculative, text_step, text_forward, tokenizers, image_step,
-                                 image_forward, image_memory, image_readers, training)}
+                                 image_forward, image_memory, ticket_step, image_readers, training)}
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -566,7 +587,7 @@ if __name__ == "__main__":
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device")
     p.add_argument("--json", help="write the ratios to this file")
-    p.add_argument("--peak", choices=("ft", "prt", "prt-augment"), help=argparse.SUPPRESS)
+    p.add_argument("--peak", choices=("ft", "prt", "prt-augment", "ticket"), help=argparse.SUPPRESS)
     args = p.parse_args()
     device = runs.setup(args.device)
     torch.set_num_threads(args.threads or torch.get_num_threads())
