@@ -19,7 +19,7 @@ TRAINING = {"train_vision.py": train_vision, "train_lm.py": train_lm}
 NO_DEFAULT = {
     "train_vision.py": {"resume", "augment", "compile"},
     "train_lm.py": {"resume", "drop", "recompute", "compile"},
-    "eval.py": {"run", "reward", "base", "tuned", "oracle", "limit", "json", "picture", "prompt",
+    "eval.py": {"run", "reward", "base", "tuned", "oracle", "tasks", "limit", "json", "picture", "prompt",
                 "speculative", "compile"}}
 GROUPS = {
     "train_vision.py": dict(run="base method out resume seed data size",
@@ -30,8 +30,8 @@ GROUPS = {
                                "drop",
                         machine="device compile recompute chunk"),
     "eval.py": {"models": "run reward base ref tuned oracle beta",
-                "table": "data limit batch json picture device",
-                "answers to text": "prompt new_tokens temperature top_p seed speculative compile responses"}}
+                "table": "data tasks limit batch json picture device",
+                "answers to text": "prompt new_tokens temperature top_p seed speculative compile"}}
 
 
 def run(script, *argv):
