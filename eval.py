@@ -50,6 +50,8 @@ def parse():
     table.add_argument("--data", help="test data (default: the data set of the reward)")
     table.add_argument("--tasks", nargs="+", help="score on these tasks of lm-evaluation-harness (or .yaml "
                        "files) instead: pip install lm_eval")
+    table.add_argument("--apply-chat-template", action="store_true", help="put the prompts of --tasks into "
+                       "the template of the reward's training data, as --prompt is")
     table.add_argument("--limit", type=flags.positive(int), help="text: only so many examples (of each task)")
     table.add_argument("--batch", type=flags.positive(int), default=128, help="batch size (default: 128)")
     table.add_argument("--json", help="write the table to this file")
@@ -375,9 +377,11 @@ def task_tables(args, device, models, rows, tokenizer, end, room):
     """Prints a table for each task of lm-evaluation-harness: its metrics and their standard errors."""
     with files.explain("--tasks needs lm-evaluation-harness: pip install lm_eval", ImportError):
         from models import harness
-    mixtures = (harness.Mixture(tokenizer, end, room, args.batch,
-                                functools.partial(runs.score_targets, row.base, row.rewards),
-                                functools.partial(generate_answers, args, device, row)) for row in rows)
+    template = args.apply_chat_template and models.rewards[0].info["template"]
+    mixtures = (harness.Mixture(
+        tokenizer, template, end, room,
+        score=functools.partial(runs.score_examples, row.base, row.rewards, batch=args.batch),
+        generate=functools.partial(generate_answers, args, device, row)) for row in rows)
     scores = [*harness.evaluate(mixtures, args.tasks, args.limit)]
     results = [dict(method=row.method, beta=row.beta, tasks=x) for row, x in zip(rows, scores)]
     tables = {task: [dict(method=x["method"], beta=x["beta"]) | x["tasks"][task] for x in results]

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 import prt
-from data import files
+from data import files, text
 from models import flags
 
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # saved as one process would save it
@@ -327,3 +327,15 @@ def score_targets(base, rewards, batches, chunk=512):
                 scores.append(torch.stack([F.nll_loss(log_probs, y, reduction="none"),
                                            log_probs.argmax(-1) == y, prt.kl(log_probs, logits[base])], -1))
     return torch.cat(scores)
+
+
+def score_examples(base, rewards, data, batch):
+    """Returns what score_targets does for each of N examples, text.Tokens: a list of [targets, 3] on the CPU.
+
+    batch: batch size, in batches of similar lengths.
+    """
+    parts = text.by_length(data.ids, batch)
+    scores = score_targets(base, rewards, [text.collate(data, torch.tensor(part)) for part in parts])
+    order = [i for part in parts for i in part]
+    scores = dict(zip(order, scores.cpu().split([int(data.counts[i][1:].sum()) for i in order])))
+    return [scores[i] for i in range(len(order))]

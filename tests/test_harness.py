@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import EVAL_LM, FIXTURES, NEW, OLD, REWARD, TUNED, call, jsonl, one_line
+from conftest import EVAL_LM, FIXTURES, NEW, OLD, REWARD, TUNE_LM, TUNED, call, jsonl, one_line
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when lm_eval imports huggingface_hub
 pytest.importorskip("lm_eval")
@@ -38,8 +38,8 @@ def quick(monkeypatch, tmp_path):
     """Without lm_eval's own 14,000 tasks, its report on the machine, and a cache in the home directory."""
     import datasets
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    manager = functools.partial(harness.TaskManager, include_defaults=False)
-    monkeypatch.setattr(harness, "TaskManager", manager)
+    manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
@@ -74,8 +74,8 @@ def mixture(base, rewards=(), batch=3, **flags):
     row = eval_script.Row("", None, base, base, rewards)
     models = base, *(reward for _, reward in rewards)
     tokenizer = weights.same_vocabulary({str(i): model for i, model in enumerate(models)})
-    return harness.Mixture(tokenizer, base.arch["end"], base.arch["positions"], batch,
-                           functools.partial(runs.score_targets, base, rewards),
+    return harness.Mixture(tokenizer, None, base.arch["end"], base.arch["positions"],
+                           functools.partial(runs.score_examples, base, rewards, batch=batch),
                            functools.partial(eval_script.generate_answers, args, torch.device("cpu"), row))
 
 
@@ -323,6 +323,26 @@ def test_limit_is_the_number_of_examples_of_each_task(models, tasks, report):
     row = report(*EVAL_LM, "--tasks", *tasks, "--limit", 1)["rows"][0]["tasks"]
     assert row["answer"]["exact_match,strip"] == 0  # the first question's answer is another one
     assert row["perplexity"]["bits_per_byte,none"] == bits_per_byte(mixture(models[0]), " 3 + 4 = 7")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_template_is_that_of_the_reward_if_it_is_asked_for(in_texts, tmp_path, report, monkeypatch, chat):
+    """Catches: A template is applied without the flag, another one than in training, or only in some rows."""
+    assert call(*TUNE_LM, "--data", "talk.jsonl", "--steps", 1, "--out", tmp_path / "talk.pt") == 0
+    yaml = ANSWER + """num_fewshot: 1
+fewshot_config: {sampler: first_n, split: test}
+description: "Be brief.\\n\\n"
+gen_prefix: "Well,"
+"""
+    docs = [dict(question="A?", answer="a"), dict(question="B {}?", answer="b")]
+    seen, tok_encode = [], harness.Mixture.tok_encode
+    monkeypatch.setattr(harness.Mixture, "tok_encode", lambda self, text, *args, **options: seen.append(
+        text) or tok_encode(self, text, *args, **options))
+    report(*EVAL_LM, "--reward", tmp_path / "talk.pt", "--tasks", write_task(tmp_path, "answer", yaml, docs),
+           *["--apply-chat-template"] * chat)
+    prompt = "Be brief.\n\nA? Well, a\n\nB {}?"
+    expected = f"<|user|>\n{prompt}\n<|assistant|>\nWell," if chat else f"{prompt} Well,"
+    assert len(seen) == 8 and seen[1::2] == [expected] * 4
 
 
 BAD = {"gsm9k": ("--tasks", "gsm9k", "lm_eval ls tasks"),
