@@ -121,6 +121,12 @@ def test_continuations_are_those_of_lm_eval(pair, settings):
     assert ours == expected
 
 
+def test_special_tokens_begin_a_text_unless_lm_eval_asks_for_none(pair):
+    model, reference = pair
+    for options in (dict(), dict(add_special_tokens=True), dict(add_special_tokens=False)):
+        assert model.tok_encode("Once upon", **options) == reference.tok_encode("Once upon", **options)
+
+
 # Mixtures
 
 @pytest.fixture
@@ -168,7 +174,7 @@ def test_the_greedy_continuation_is_marked(models):
 
 
 def test_batches_give_the_same_as_requests_one_by_one(models):
-    """Catches: Padding is attended to, or results are in the order of lengths."""
+    """Catches: Padding is attended to, or results return in the order of lengths, or of settings."""
     base, reward = models
     one, many = (mixture(base, [(1.0, reward)], batch=batch) for batch in (1, 5))
     for kind, requests in dict(loglikelihood=PAIRS, loglikelihood_rolling=TEXTS).items():
@@ -176,7 +182,7 @@ def test_batches_give_the_same_as_requests_one_by_one(models):
         assert torch.allclose(a, b, atol=1e-3, rtol=1e-6)
     settings = [dict(until=[" a"], max_gen_toks=5), dict(max_gen_toks=9)]  # in turn
     requests = [(context, settings[i % 2]) for i, (context, _) in enumerate(PAIRS)]
-    answers = ask(one, "generate_until", *requests)
+    answers = [ask(one, "generate_until", request)[0] for request in requests]
     assert len({*answers}) > 3 and ask(many, "generate_until", *requests) == answers
 
 
