@@ -396,36 +396,42 @@ def final_number(answer):
     return float(match[1].replace(",", "")) if match else None
 
 
-def generate_answers(args, device, row, prompts, end, room, **changed):
+def generate_answers(args, device, row, prompts, end, room, until=(), to_text=None, **changed):
     """Returns the answers (ids) of a row's models to prompts (ids), in batches of similar lengths.
 
-    changed: values of flags that replace those in args.
+    until, to_text: as in decode.stopping; answers may go on after a stop string. changed: values of flags
+    that replace those in args.
     """
     args = argparse.Namespace(**vars(args) | changed)
     longest = max(map(len, prompts))
     length = args.new_tokens or max(1, min(256, room - longest))
     if longest + length > room:
         raise ValueError(f"a prompt of {longest} and {length} tokens (--new-tokens) exceed {room} positions")
-    generate = decoder(args, row, device)
+    generator = torch.Generator(device).manual_seed(args.seed)
     answers = [None] * len(prompts)
     for batch in tqdm(text.by_length(prompts, args.batch), desc="generate", disable=None, leave=False):
         T = len(prompts[batch[-1]])
         pad = [T - len(prompts[i]) for i in batch]
         ids = torch.tensor([[end] * n + prompts[i] for n, i in zip(pad, batch)], device=device)  # [B, T]
         pad = torch.tensor(pad, device=device) if any(pad) else None
+        generate = decoder(args, row, generator, end, until, to_text)
         new = generate(row.base, row.rewards, ids, length=length, end=end, pad=pad)[:, T:].tolist()
         for i, ids in zip(batch, new):
             answers[i] = ids[:ids.index(end)] if end in ids else ids
     return answers
 
 
-def decoder(args, row, device):
-    """Returns a function with the arguments of prt.generate that decodes a Row as the flags say."""
-    generator = torch.Generator(device).manual_seed(args.seed)
+def decoder(args, row, generator, end, until, to_text):
+    """Returns a function with the arguments of prt.generate that decodes one batch as the flags say.
+
+    until, to_text: as in decode.stopping, which --speculative does without.
+    """
     if args.speculative and row.rewards:  # a base alone has nothing to draft with
         return functools.partial(decode.speculative, temperature=args.temperature, top_p=args.top_p,
                                  generator=generator, drafter=row.drafter, compile=args.compile)
     draw = decode.sampler(args.temperature, args.top_p, generator)
+    if any(until):
+        draw = decode.stopping(draw, until, to_text, end)
     return functools.partial(decode.compiled if args.compile else prt.generate, draw=draw)
 
 

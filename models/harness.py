@@ -74,7 +74,7 @@ class Mixture(TemplateLM):
         """Returns the texts that follow prompts, each up to the first of the stop strings `until`."""
         if others:
             raise ValueError(f"--tasks: a task generates with {others}, which is not supported")
-        ids = [self.tok_encode(prompt)[-(self.room - max_gen_toks):] for prompt in prompts]
-        answers = self.generate([x or [self.prefix_token_id] for x in ids], self.eot_token_id, self.room,
+        ids = [(self.tok_encode(x) or [self.prefix_token_id])[-(self.room - max_gen_toks):] for x in prompts]
+        answers = self.generate(ids, self.eot_token_id, self.room, until, self.tokenizer.decode,
                                 new_tokens=max_gen_toks, temperature=temperature, top_p=top_p)
         return [postprocess_generated_text(self.tokenizer.decode(x), until, None) for x in answers]

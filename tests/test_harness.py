@@ -202,6 +202,20 @@ def test_a_long_context_is_truncated_on_the_left(models):
     assert continuation == model.tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("speculative", [False, True])
+def test_generation_ends_after_a_stop_string(models, monkeypatch, speculative):
+    """Catches: Each answer is generated up to its greatest length, and most of it is thrown away."""
+    base, reward = models
+    model, steps = mixture(base, [(1.0, reward)] if speculative else [], speculative=speculative), []
+    whole, = ask(model, "generate_until", (" Tom has", dict(max_gen_toks=100)))
+    features = type(base).features
+    monkeypatch.setattr(type(base), "features", lambda *args: steps.append(1) or features(*args))
+    until = whole[3:5]
+    answer, = ask(model, "generate_until", (" Tom has", dict(max_gen_toks=100, until=["", until])))
+    assert answer == whole.split(until)[0]
+    assert speculative or len(steps) < 20
+
+
 def test_a_task_may_sample(models):
     """Catches: The temperature of a task or --seed is ignored, or do_sample: false is."""
     hot, requests = dict(do_sample=True, temperature=2.0, max_gen_toks=9), [" Tom has", " Eva has 4 bags"]
