@@ -6,11 +6,12 @@ python eval.py --reward reward.pt --base new.pt --tuned ft.pt --oracle new_ft.pt
 python eval.py --reward reward.pt --base new.pt --beta 1 auto      and beta chosen on held-out examples
 python eval.py --reward out/gsm8k-prt.pt --base Qwen/Qwen2.5-7B --limit 200
 python eval.py --reward reward.pt --base Qwen/Qwen2.5-7B --prompt "Where does a reward go?"
-python eval.py --reward reward.pt --base Qwen/Qwen2.5-7B --data ifeval.jsonl
+python eval.py --reward reward.pt --base Qwen/Qwen2.5-7B --tasks gsm8k ifeval hellaswag
 
 With --speculative the rewards draft together with their source base (--ref), or the first reward alone if
 that is not found. In the row of EFT, the model in --tuned drafts.
 """
+import argparse
 import codecs
 import functools
 import json
@@ -46,8 +47,12 @@ def parse():
     models.add_argument("--oracle", help="fine-tuned new base (--method ft): adds the upper bound")
     models.add_argument("--beta", nargs="+", type=beta, help="divides the reward: smaller adds more; one row "
                         "each (default: that of training); auto: the best on held-out training data")
-    table.add_argument("--data", help="test data or IFEval's .jsonl (default: the data set of the reward)")
-    table.add_argument("--limit", type=flags.positive(int), help="text: use only this many examples")
+    table.add_argument("--data", help="test data (default: the data set of the reward)")
+    table.add_argument("--tasks", nargs="+", help="score on these tasks of lm-evaluation-harness (or .yaml "
+                       "files) instead: pip install lm_eval")
+    table.add_argument("--apply-chat-template", action="store_true", help="put the prompts of --tasks into "
+                       "the template of the reward's training data, as --prompt is")
+    table.add_argument("--limit", type=flags.positive(int), help="text: only so many examples (of each task)")
     table.add_argument("--batch", type=flags.positive(int), default=128, help="batch size (default: 128)")
     table.add_argument("--json", help="write the table to this file")
     table.add_argument("--picture", help="images: .png of both answers (default with --run: RUN/picture.png)")
@@ -61,7 +66,6 @@ def parse():
     answers.add_argument("--speculative", action="store_true",
                          help="faster: small models draft tokens, and the base checks several in one pass")
     answers.add_argument("--compile", action="store_true", help="torch.compile, with CUDA graphs on CUDA")
-    answers.add_argument("--responses", default="responses", help="IFEval output folder (default: responses)")
     args = p.parse_args()
     if args.run:
         use_run(args)
@@ -128,6 +132,8 @@ def main():
     models = load_models(args, device)
     if models.rewards[0].info["kind"] == "gpt":
         language(args, device, models)
+    elif args.tasks:
+        raise ValueError(f"--tasks: {args.reward[0]} is a reward for images; lm_eval's tasks are for text")
     else:
         image_table(args, device, models)
 
@@ -310,7 +316,7 @@ def draw_picture(data, *answers, columns=8, rows=4, cell=120):
 # Text
 
 def language(args, device, models):
-    """Prints the table of text, or the answers to one prompt, or writes the responses to IFEval's prompts."""
+    """Prints the table of text, or those of lm_eval's tasks, or the answers to one prompt."""
     info, end = models.rewards[0].info, models.rewards[0].arch["end"]
     names = (*args.reward, args.base, args.ref, args.tuned, args.oracle)
     named = {name: model for name, model in zip(names, (*models.rewards, *models[1:])) if model}
@@ -338,18 +344,15 @@ def language(args, device, models):
         for row in rows[:2]:
             answer = respond(row, [prompt])[0]
             print(f"{row.method}:{colored(rows[1], prompt, answer, tokenizer, device)}\n")
-    elif docs := ifeval_docs(data, args.limit):
-        ifeval(args, rows, docs, lambda row: [
-            tokenizer.decode(answer, first=False)
-            for answer in respond(row, [to_prompt(doc["prompt"]) for doc in docs])])
+    elif args.tasks:
+        task_tables(args, device, models, rows, tokenizer, end, room)
     else:
         text_table(args, device, models, rows, data, respond, tokenizer, end, room)
 
 
 def batches(data, i, size):
     """Returns the batches of the examples i of Tokens, collated by similar lengths."""
-    order = torch.tensor([len(data.ids[k]) for k in i]).argsort()
-    return [text.collate(data, part) for part in i[order].split(size)]
+    return [text.collate(data, i[part]) for part in text.by_length([data.ids[k] for k in i], size)]
 
 
 def text_table(args, device, models, rows, name, respond, tokenizer, end, room):
@@ -373,12 +376,29 @@ def text_table(args, device, models, rows, name, respond, tokenizer, end, room):
         rewards = row.rewards if row.base is row.kl_base else [(1.0, row.base), (-1.0, row.kl_base)]
         results.append(dict(method=row.method, beta=row.beta, form=form, exact=exact,
                             error=math.sqrt(exact * (1 - exact) / len(answers)),
-                            **score(row.kl_base, rewards), mib=mib,
-                            speed=sum(len(answer) + 1 for answer in answers) / seconds,
+                            **score(row.kl_base, rewards),
+                            speed=sum(len(answer) + 1 for answer in answers) / seconds, mib=mib,
                             bytes=sum(sizes.get(model, 0) for model in used) if sizes else None))
     distance = models.ref and score(models.base, [(1.0, models.ref), (-1.0, models.base)])["kl"]
     about = dict(data=name, examples=len(examples), kl_of_bases=distance) | how_chosen(args, models, "NLL")
     print_table(args, device, results, about)
+
+
+def task_tables(args, device, models, rows, tokenizer, end, room):
+    """Prints a table for each task of lm-evaluation-harness: its metrics and their standard errors."""
+    with files.explain("--tasks needs lm-evaluation-harness: pip install lm_eval", ImportError):
+        from models import harness
+    template = args.apply_chat_template and models.rewards[0].info["template"]
+    mixtures = (harness.Mixture(
+        tokenizer, template, end, room,
+        score=functools.partial(runs.score_examples, row.base, row.rewards, batch=args.batch),
+        generate=functools.partial(generate_answers, args, device, row)) for row in rows)
+    scores = [*harness.evaluate(mixtures, args.tasks, args.limit)]
+    results = [dict(method=row.method, beta=row.beta, tasks=x) for row, x in zip(rows, scores)]
+    tables = {task: [dict(method=x["method"], beta=x["beta"]) | x["tasks"][task] for x in results]
+              for task in scores[0]}
+    about = dict(lm_eval=harness.lm_eval.__version__, examples=args.limit or "all", kl_of_bases=None)
+    print_table(args, device, results, about | how_chosen(args, models, "NLL"), tables)
 
 
 def final_number(answer):
@@ -387,34 +407,42 @@ def final_number(answer):
     return float(match[1].replace(",", "")) if match else None
 
 
-def generate_answers(args, device, row, prompts, end, room):
-    """Returns the answers (ids) of a row's models to prompts (ids), in batches of similar lengths."""
+def generate_answers(args, device, row, prompts, end, room, until=(), to_text=None, **changed):
+    """Returns the answers (ids) of a row's models to prompts (ids), in batches of similar lengths.
+
+    until, to_text: as in decode.stopping; answers may go on after a stop string. changed: values of flags
+    that replace those in args.
+    """
+    args = argparse.Namespace(**vars(args) | changed)
     longest = max(map(len, prompts))
     length = args.new_tokens or max(1, min(256, room - longest))
     if longest + length > room:
         raise ValueError(f"a prompt of {longest} and {length} tokens (--new-tokens) exceed {room} positions")
-    generate = decoder(args, row, device)
+    generator = torch.Generator(device).manual_seed(args.seed)
     answers = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in tqdm(range(0, len(order), args.batch), desc="generate", disable=None, leave=False):
-        batch = order[start:start + args.batch]
+    for batch in tqdm(text.by_length(prompts, args.batch), desc="generate", disable=None, leave=False):
         T = len(prompts[batch[-1]])
         pad = [T - len(prompts[i]) for i in batch]
         ids = torch.tensor([[end] * n + prompts[i] for n, i in zip(pad, batch)], device=device)  # [B, T]
         pad = torch.tensor(pad, device=device) if any(pad) else None
+        generate = decoder(args, row, generator, end, until, to_text)
         new = generate(row.base, row.rewards, ids, length=length, end=end, pad=pad)[:, T:].tolist()
         for i, ids in zip(batch, new):
             answers[i] = ids[:ids.index(end)] if end in ids else ids
     return answers
 
 
-def decoder(args, row, device):
-    """Returns a function with the arguments of prt.generate that decodes a Row as the flags say."""
-    generator = torch.Generator(device).manual_seed(args.seed)
+def decoder(args, row, generator, end, until, to_text):
+    """Returns a function with the arguments of prt.generate that decodes one batch as the flags say.
+
+    until, to_text: as in decode.stopping, which --speculative does without.
+    """
     if args.speculative and row.rewards:  # a base alone has nothing to draft with
         return functools.partial(decode.speculative, temperature=args.temperature, top_p=args.top_p,
                                  generator=generator, drafter=row.drafter, compile=args.compile)
     draw = decode.sampler(args.temperature, args.top_p, generator)
+    if any(until):
+        draw = decode.stopping(draw, until, to_text, end)
     return functools.partial(decode.compiled if args.compile else prt.generate, draw=draw)
 
 
@@ -434,39 +462,6 @@ def colored(row, prompt, answer, tokenizer, device):
             output += piece if plain or color is None else f"\033[48;5;{color}m\033[30m{piece}\033[0m"
             largest = 0.0
     return output + utf8.decode(b"", final=True)
-
-
-def ifeval_docs(name, limit):
-    """Returns the first `limit` rows of a file of IFEval prompts, or None if `name` is not such a file."""
-    rows = list(text.rows(Path(name))) if name.endswith(".jsonl") and Path(name).is_file() else []
-    if not rows or "instruction_id_list" not in rows[0][1]:
-        return None
-    if missing := [line for line, doc in rows if not isinstance(doc.get("prompt"), str)]:
-        raise ValueError(f"{missing[0]}: it has no prompt")
-    return [doc for _, doc in rows[:limit]]
-
-
-def ifeval(args, rows, docs, respond):
-    """Writes each row's responses for IFEval's scorer, and prints their scores if lm_eval is installed."""
-    try:
-        from lm_eval.tasks.ifeval.utils import process_results
-    except ImportError:
-        process_results = None
-        print("no scores without lm_eval: pip install lm_eval[ifeval]")
-    for row in rows:
-        responses = respond(row)
-        label = row.method if row.beta is None else f"{row.method} {row.beta:g}"
-        path = Path(args.responses) / (re.sub("[^a-z0-9.]+", "-", label.lower()).strip("-") + ".jsonl")
-        with files.atomic(path) as f:
-            f.writelines(json.dumps(dict(prompt=doc["prompt"], response=response)).encode() + b"\n"
-                         for doc, response in zip(docs, responses))
-        print(f"{row.method}: {path}")
-        if process_results:
-            results = [process_results(doc, [response]) for doc, response in zip(docs, responses)]
-            # Scores by instruction are lists with a value for each instruction of a prompt.
-            scores = {k: statistics.mean(x for r in results for x in (r[k] if "inst" in k else [r[k]]))
-                      for k in results[0]}
-            print(f"{statistics.mean(scores.values()):.2%}, the mean of {scores}")
 
 
 # Tables
@@ -491,26 +486,37 @@ def measure(models, work, device, repeats=5):
     return statistics.median(seconds[1:] or seconds), mib, result
 
 
-def print_table(args, device, results, about):
-    """Prints the results, one dict for each row, and writes them to --json."""
+def print_table(args, device, results, about, tables=None):
+    """Prints the results, one dict for each row, and writes them to --json.
+
+    tables: title -> results of a table, if they are not one table.
+    """
     cuda = device.type == "cuda"
     about |= dict(base=args.base, batch=args.batch, device=torch.cuda.get_device_name() if cuda else
                   f"CPU ({torch.get_num_threads()} threads)", dtype="bfloat16" if cuda else "float32",
                   torch=torch.__version__)
     print("\n" + ", ".join(f"{k} {v}" for k, v in about.items() if k != "kl_of_bases"))
-    width = max(len(result["method"]) for result in results)
-    columns = [k for k in COLUMNS if results[0].get(k) is not None]
-    print(f"{'':{width}}  {'beta':>5}" + "".join(f"{COLUMNS[k][0]:>10}" for k in columns))
-    for result in results:
-        beta = "" if result["beta"] is None else f"{result['beta']:g}"
-        cells = "".join(f"{COLUMNS[k][1].format(result[k]):>10}" for k in columns)
-        print(f"{result['method']:{width}}  {beta:>5}{cells}")
+    for title, table in (tables or {"": results}).items():
+        print_rows(title, table)
     if about["kl_of_bases"] is not None:
         print(f"KL(source base || base): {about['kl_of_bases']:.4f} nats. The smaller it is, the more "
               "similar the effect of a reward on both (Prop. 3.2)")
     if args.json:
         with files.atomic(args.json) as f:
             f.write(json.dumps(about | dict(rewards=args.reward, rows=results), indent=1).encode())
+
+
+def print_rows(title, results):
+    """Prints a header and a line for each of the results; keys that are not in COLUMNS are lm_eval's."""
+    width = max(len(title), *(len(result["method"]) for result in results))
+    columns = {k: COLUMNS.get(k, ("std. err." if "_stderr," in k else k.removesuffix(",none"), "{:.4f}"))
+               for k, x in results[0].items() if k not in ("method", "beta") and x is not None}
+    widths = {k: max(10, len(name) + 2) for k, (name, _) in columns.items()}
+    print(f"{title:{width}}  {'beta':>5}" + "".join(f"{columns[k][0]:>{n}}" for k, n in widths.items()))
+    for result in results:
+        beta = "" if result["beta"] is None else f"{result['beta']:g}"
+        cells = "".join(f"{columns[k][1].format(result[k]):>{n}}" for k, n in widths.items())
+        print(f"{result['method']:{width}}  {beta:>5}{cells}")
 
 
 if __name__ == "__main__":

@@ -173,6 +173,12 @@ def group_by_length(indices, lengths, batch, steps, seed, pool=50):
     return lambda step: pooled(step // pool * pool)[step % pool]
 
 
+def by_length(sequences, size):
+    """Returns the indices of sequences in lists of `size`, each of similar lengths."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    return [order[start:start + size] for start in range(0, len(order), size)]
+
+
 def collate(data, i):
     """Returns ((ids [B, T], index [N]), targets [N]) for the examples i, padded on the right.
 

@@ -218,6 +218,24 @@ def sampler(temperature, top_p=1.0, generator=None):
     return lambda log_probs: sample(probabilities(log_probs, temperature, top_p), generator)
 
 
+def stopping(draw, until, to_text, end):
+    """Returns a `draw` for one batch like `draw`, but rows draw `end` once they contain a stop string.
+
+    until: the stop strings; empty ones are ignored. to_text: function from ids to text. Synchronizes the
+    device.
+    """
+    width = max(len(string.encode()) for string in until)  # in bytes; no token is shorter than one
+    drawn = []  # in each step, [B, 1]
+
+    def draw_or_end(log_probs):
+        new = draw(log_probs)
+        texts = [to_text(ids) for ids in torch.cat([new[:, :0], *drawn[-width:]], 1).tolist()]
+        ended = [[any(string in x for string in until if string)] for x in texts]  # [B, 1]
+        drawn.append(new.masked_fill(torch.tensor(ended, device=new.device), end))
+        return drawn[-1]
+    return draw_or_end
+
+
 def probabilities(log_probs, temperature, top_p):
     """Returns the distribution to sample from, [..., V]: one-hot at temperature 0.
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 import prt
-from data import files
+from data import files, text
 from models import flags, tickets, weights
 from models.tokenizer import Tokenizer
 
@@ -337,13 +337,19 @@ def accuracy(scores, labels):
     return (scores.argmax(-1).cpu() == labels.cpu()).float().mean().item()
 
 
-@torch.no_grad()
 def score_texts(base, rewards, batches, chunk=512):
     """Returns a dict of means over all targets: nll and kl (from the base) in nats, and accuracy in [0, 1].
 
     base, rewards: as in prt.mixture. batches: list of (inputs, targets [N]), as for prt.fit with a head.
     """
-    totals, device = [], next(base.parameters()).device
+    means = score_targets(base, rewards, batches, chunk).double().mean(0)
+    return dict(zip(("nll", "accuracy", "kl"), means.tolist()))
+
+
+@torch.no_grad()
+def score_targets(base, rewards, batches, chunk=512):
+    """Returns negative log-likelihood, whether it is the most likely token, and KL of each target, [N, 3]."""
+    scores, device = [], next(base.parameters()).device
     for batch in tqdm(batches, desc="score", disable=None, leave=False):
         inputs, targets = to_device(batch, device)
         with torch.autocast("cuda", torch.bfloat16, enabled=targets.is_cuda):
@@ -351,8 +357,18 @@ def score_texts(base, rewards, batches, chunk=512):
             for k, y in enumerate(targets.split(chunk)):
                 logits = {policy: policy.head(parts[k]) for policy, parts in features.items()}
                 log_probs = prt.mixture(base, rewards, logits.get)
-                correct = log_probs.argmax(-1) == y
-                totals.append(torch.stack([F.nll_loss(log_probs, y, reduction="sum"), correct.sum(),
-                                           prt.kl(log_probs, logits[base]).sum()]))
-    n = sum(len(targets) for _, targets in batches)
-    return dict(zip(("nll", "accuracy", "kl"), (torch.stack(totals).double().sum(0) / n).tolist()))
+                scores.append(torch.stack([F.nll_loss(log_probs, y, reduction="none"),
+                                           log_probs.argmax(-1) == y, prt.kl(log_probs, logits[base])], -1))
+    return torch.cat(scores)
+
+
+def score_examples(base, rewards, data, batch):
+    """Returns what score_targets does for each of N examples, text.Tokens: a list of [targets, 3] on the CPU.
+
+    batch: batch size, in batches of similar lengths.
+    """
+    parts = text.by_length(data.ids, batch)
+    scores = score_targets(base, rewards, [text.collate(data, torch.tensor(part)) for part in parts])
+    order = [i for part in parts for i in part]
+    scores = dict(zip(order, scores.cpu().split([int(data.counts[i][1:].sum()) for i in order])))
+    return [scores[i] for i in range(len(order))]

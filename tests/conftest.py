@@ -38,8 +38,6 @@ SUMS = [f"{a} + {b}" for a in (1, 2, 3, 4) for b in (2, 30, 17, 5, 9, 61)]
 TALK = [dict(messages=[dict(role="user", content=f"What is {s}?"), dict(role="assistant", content="Well …"),
                        dict(role="user", content="So?"), dict(role="assistant", content=f"{eval(s)}.")])
         for s in SUMS]
-IFEVAL = [dict(key=i, prompt=f"Say {i} in {'very ' * i}few words.", kwargs=[{}],
-               instruction_id_list=["punctuation:no_comma"]) for i in (1, 2, 3)]
 # Command lines for the names of the fixture `paths`. Of two equal flags, the later one counts.
 TRAIN = "train_vision.py --data {data} --base {old} --steps 2 --batch 8 --warmup 0 --out {out}/x.pt "
 EVAL = "eval.py --reward {reward} --base {new} --json {out}/x.json --picture {out}/x.png "
@@ -384,7 +382,7 @@ def texts(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("texts")
     sums = [dict(prompt=f" {s} =", response=f" {eval(s)} #### {eval(s)}") for s in SUMS]
-    for name, rows in dict(sums=sums, talk=TALK, ifeval=IFEVAL).items():
+    for name, rows in dict(sums=sums, talk=TALK).items():
         (folder / f"{name}.jsonl").write_text(jsonl(rows))
     (folder / "book.txt").write_text("".join(f" {s} = {eval(s)}" for s in SUMS) * 20)
     printed = output("-c", FEW_PROBLEMS, "train_lm.py", "--steps", 3, "--batch", 8, cwd=folder)
@@ -405,7 +403,6 @@ def malformed(texts, tiny, tmp_path_factory):
     for name, content in {"bad.jsonl": '{"prompt": "a", "response": "b"}\n{"prompt": 1}\n',
                           "numbers.jsonl": "5\n", "empty.jsonl": "",
                           "unasked.jsonl": '{"prompt": "", "response": "b"}\n',
-                          "ifeval.jsonl": '{"key": 1, "instruction_id_list": [], "kwargs": []}\n',
                           "long.jsonl": jsonl([dict(prompt="a", response="long" * 300)])}.items():
         (root / name).write_text(content)
     (root / "latin.jsonl").write_bytes('{"prompt": "ü", "response": "b"}'.encode("latin-1"))

@@ -534,3 +534,21 @@ def test_without_temperature_or_top_p_the_distribution_is_one_hot(temperature, t
     assert p.tolist() == [[0, 1, 0], [0, 0, 1]]
     assert decode.sample(p).tolist() == [1, 2]
     assert decode.sampler(temperature, top_p)(log_probs).tolist() == [1, 2]
+
+
+# Stop strings
+
+@pytest.mark.parametrize("way", ["generate", "compiled"])
+def test_a_row_ends_after_its_first_stop_string(trained, traced, way):
+    """Catches: A stop string in two tokens is missed, the others end with the row, or its text is another."""
+    (ids, pad), end, tokenizer = padded(trained), trained.end, Tokenizer(train_lm.TOKENIZER.read_text(), "")
+    generate, rewards, T = dict(generate=prt.generate, compiled=decode.compiled)[way], [], ids.shape[1]
+    whole = prt.generate(trained.base, rewards, ids, length=24, end=end, pad=pad)
+    texts = [tokenizer.decode(row) for row in whole[:, T:].tolist()]
+    until = [texts[0][8:13], texts[3][15:20]]
+    draw = decode.stopping(decode.sampler(0.0), until, tokenizer.decode, end)
+    rows = generate(trained.base, rewards, ids, length=24, end=end, pad=pad, draw=draw)[:, T:].tolist()
+    for row, text_, full in zip(rows, texts, whole[:, T:].tolist()):
+        n = next((n for n in range(25) if any(x in tokenizer.decode(full[:n]) for x in until)), 24)
+        assert row == full[:n] + [end] * (24 - n), text_
+    assert len({row.index(end) if end in row else 24 for row in rows}) > 1

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from conftest import (
     EVAL,
     EVAL_LM,
-    IFEVAL,
     NEW,
     OLD,
     ORACLE,
@@ -476,64 +475,41 @@ def test_answers_are_scored_by_their_first_number_in_form(in_texts, tmp_path, mo
 
 
 @pytest.fixture
-def respond(in_texts, tmp_path, monkeypatch):
-    """Answers IFEval's prompts without lm_eval; returns the folder of responses."""
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+def answers(in_texts, monkeypatch, table):
+    """Runs eval.py on three problems; returns the answers in each row of the table, in ids."""
+    generate, rows = eval_script.generate_answers, {}
+
+    def record(args, device, row, *arguments):
+        rows[row.method, row.beta] = generate(args, device, row, *arguments)
+        return rows[row.method, row.beta]
 
     def run(*options):
-        assert call(*EVAL_LM, "--data", "ifeval.jsonl", "--responses", tmp_path / "responses", *options) == 0
-        return tmp_path / "responses"
+        rows.clear()
+        table(*EVAL_LM, "--limit", 3, *options)
+        return dict(rows)
+
+    monkeypatch.setattr(eval_script, "generate_answers", record)
     return run
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def test_answers_do_not_depend_on_the_batch(answers):
+    """Catches: Padding is attended to, or answers return in the order of lengths."""
+    one = answers("--batch", 1)
+    assert len({str(x) for row in one.values() for x in row}) > 3 and answers("--batch", 2) == one
 
 
-def test_ifeval_gets_a_response_to_each_prompt_in_order(respond, capsys):
-    """IFEval's scorer reads these files, one for each row of the table."""
-    folder = respond("--batch", 2, "--beta", 1, 0.5, "--tuned", TUNED)
-    printed = capsys.readouterr().out
-    assert "pip install lm_eval[ifeval]" in printed
-    responses = {path.name: lines(path) for path in folder.iterdir()}
-    assert responses.keys() == {"base-alone.jsonl", "base-reward-prt-1.jsonl", "base-reward-prt-0.5.jsonl",
-                                "source-alone.jsonl", "source-reward-1.jsonl", "source-fine-tuned.jsonl",
-                                "base-eft-1.jsonl", "base-eft-0.5.jsonl"}
-    assert all(str(folder / name) in printed for name in responses)
-    for rows in responses.values():
-        assert [row["prompt"] for row in rows] == [doc["prompt"] for doc in IFEVAL]
-        assert all(row.keys() == {"prompt", "response"} for row in rows)
-        assert all(isinstance(row["response"], str) for row in rows)
-    alone, one, half = (responses[f"base-{name}.jsonl"]
-                        for name in ("alone", "reward-prt-1", "reward-prt-0.5"))
-    assert alone != one and len({row["response"] for row in alone + one + half}) > 1
-    respond("--batch", 1, "--limit", 2)
-    assert lines(folder / "base-reward-prt-1.jsonl") == one[:2]
-
-
-def test_ifeval_keeps_the_responses_of_rewards_of_similar_names_apart(respond, tmp_path):
-    """Catches: The responses with reward-2.pt are written over those with reward-1.pt."""
-    rewards = [shutil.copy(REWARD, tmp_path / f"reward-{n}.pt") for n in (1, 2)]
-    folder = respond("--reward", *rewards, "--limit", 1)
-    assert len(list(folder.iterdir())) == 6  # base, two rewards, their sum, source twice
-
-
-def test_samples_are_reproducible(respond):
+def test_samples_are_reproducible(answers):
     """--temperature and --top-p draw the same answers for a seed, and others for another."""
-    def responses(*options):
-        return (respond(*options) / "base-reward-prt-1.jsonl").read_text()
-
     hot = ("--temperature", 1, "--top-p", 0.9)
-    assert responses(*hot, "--seed", 1) == responses(*hot, "--seed", 1) != responses(*hot, "--seed", 2)
-    greedy = responses()
-    assert greedy == responses("--seed", 1) != responses(*hot, "--seed", 1)  # where the seed says nothing
-    assert greedy == responses("--temperature", 1, "--top-p", 1e-9)
+    assert answers(*hot, "--seed", 1) == answers(*hot, "--seed", 1) != answers(*hot, "--seed", 2)
+    greedy = answers()
+    assert greedy == answers("--seed", 1) != answers(*hot, "--seed", 1)  # where the seed says nothing
+    assert greedy == answers("--temperature", 1, "--top-p", 1e-9)
 
 
-def test_speculative_decoding_gives_the_same_answers(respond):
-    plain, speculative = ({path.name: path.read_text() for path in respond(*options).iterdir()}
-                          for options in ([], ["--speculative"]))
-    assert len(plain) == 4 and speculative == plain
+def test_speculative_decoding_gives_the_same_answers(answers):
+    plain = answers()
+    assert len(plain) == 4 and answers("--speculative") == plain
 
 
 @pytest.fixture
@@ -667,6 +643,7 @@ IMAGES = {
     "zero strength": (EVAL + "--beta 1 0", "--beta"),
     "strength is no number": (EVAL + "--beta nan", "--beta"),
     "no batch": (EVAL + "--batch 0", "--batch"),
+    "tasks of text": (EVAL + "--tasks gsm8k", "--tasks", "{reward}", "images"),
 }
 
 
@@ -691,7 +668,6 @@ TEXTS = {
     "malformed line": (USE + "--data {root}/bad.jsonl", "{root}/bad.jsonl line 2"),
     "empty file": (USE + "--data {root}/empty.jsonl", "{root}/empty.jsonl"),
     "numbers": (USE + "--data {root}/numbers.jsonl", "{root}/numbers.jsonl line 1"),
-    "IFEval without a prompt": (USE + "--data {root}/ifeval.jsonl", "{root}/ifeval.jsonl"),
     "empty prompt": (USE + "--data {root}/unasked.jsonl", "{root}/unasked.jsonl"),
     "text file": (USE + "--data {book}", "{book}"),
     "pretraining data": (USE + "--data arithmetic-old", "arithmetic-old", "test split"),
@@ -727,6 +703,14 @@ def names(malformed, in_texts, tmp_path):
 def test_bad_input_on_text_is_refused_in_one_line_and_touches_no_file(in_texts, names, capfd, case):
     """Catches: A traceback, an error that does not name the file or flag, or files written before it."""
     assert_refused(TEXTS[case], names, capfd, names["out"], names["root"], in_texts.folder)
+
+
+def test_without_lm_eval_the_error_says_how_to_install_it(names, monkeypatch, capfd):
+    """Catches: An ImportError and its traceback do not say what to install."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "models.harness", raising=False)
+    monkeypatch.delattr("models.harness", raising=False)
+    assert_refused((USE + "--tasks gsm8k", "--tasks", "pip install lm_eval"), names, capfd, names["out"])
 
 
 def test_the_refused_command_line_on_text_runs_without_its_fault(names, capfd):

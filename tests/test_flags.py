@@ -19,8 +19,8 @@ TRAINING = {"train_vision.py": train_vision, "train_lm.py": train_lm}
 NO_DEFAULT = {
     "train_vision.py": {"resume", "augment", "compile"},
     "train_lm.py": {"resume", "drop", "recompute", "compile"},
-    "eval.py": {"run", "reward", "base", "tuned", "oracle", "limit", "json", "picture", "prompt",
-                "speculative", "compile"}}
+    "eval.py": {"run", "reward", "base", "tuned", "oracle", "tasks", "apply_chat_template", "limit", "json",
+                "picture", "prompt", "speculative", "compile"}}
 TICKET = {"a reward in a small file": "ticket keep freeze"}
 GROUPS = {
     "train_vision.py": dict(run="base method out resume seed data size reward_init",
@@ -31,8 +31,8 @@ GROUPS = {
                                "drop",
                         **TICKET, machine="device compile recompute chunk"),
     "eval.py": {"models": "run reward base ref tuned oracle beta",
-                "table": "data limit batch json picture device",
-                "answers to text": "prompt new_tokens temperature top_p seed speculative compile responses"}}
+                "table": "data tasks apply_chat_template limit batch json picture device",
+                "answers to text": "prompt new_tokens temperature top_p seed speculative compile"}}
 
 
 def run(script, *argv):

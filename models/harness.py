@@ -1,0 +1,80 @@
+"""Mixtures as models of lm-evaluation-harness. Needs lm_eval: only eval.py --tasks imports this."""
+import lm_eval.tasks
+import torch
+from lm_eval import simple_evaluate, utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+
+from data import files, text
+
+
+def evaluate(models, names, limit):
+    """Yields the scores of each model and their standard errors: task -> "METRIC,FILTER" -> float.
+
+    names: tasks, groups, tags, or .yaml files of lm_eval. Raises ValueError for whatever loading them raises.
+    """
+    manager = lm_eval.tasks.TaskManager()
+    with files.explain("--tasks: cannot be loaded (lm_eval ls tasks lists the known ones)", Exception):
+        manager.load(names)
+    for model in models:
+        report = simple_evaluate(model, tasks=names, limit=limit, task_manager=manager, log_samples=False,
+                                 apply_chat_template=bool(model.template), fewshot_as_multiturn=False)
+        yield {name: {k: x for k, x in task.items() if isinstance(x, float)}
+               for name, task in report["results"].items()}
+
+
+class Mixture(TemplateLM):
+    """A model for text that splits, truncates, and stops as lm_eval's own class for transformers.
+
+    template: of prompts, with {}, or None. room: the most positions; longer texts are truncated on the left.
+    score, generate: as runs.score_examples from Tokens, and eval.py's generate_answers from prompts on.
+    """
+
+    eot_token_id = prefix_token_id = tokenizer_name = None  # in the parent class, abstract properties
+
+    def __init__(self, tokenizer, template, end, room, score, generate):
+        super().__init__()
+        self.tokenizer, self.template, self.room = tokenizer, template, room
+        self.score, self.generate = score, generate
+        self.eot_token_id, self.prefix_token_id = end, [*tokenizer.begin, end][0]
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        """Returns the prompt for a task's description and question, and the answer if it is begun."""
+        asked = "".join(part["content"] for part in chat_history if part["role"] != "assistant")
+        begun = "" if add_generation_prompt else chat_history[-1]["content"]
+        return self.template.replace("{}", asked) + begun
+
+    def tok_encode(self, string, add_special_tokens=True, **_):
+        return (self.tokenizer.begin if add_special_tokens else []) + self.tokenizer.encode(string)
+
+    def _loglikelihood_tokens(self, requests, **_):
+        """Returns (log-likelihood, whether it is greedy) for each (_, context ids, continuation ids)."""
+        if (longest := max(len(answer) for _, _, answer in requests)) > self.room:
+            raise ValueError(f"--tasks: an answer of {longest} tokens exceeds {self.room} positions")
+        ids = [torch.tensor((context + answer)[-self.room - 1:]) for _, context, answer in requests]
+        counts = [torch.arange(-len(x), 0) >= -len(answer) for x, (_, _, answer) in zip(ids, requests)]
+        return [(-x[:, 0].sum().item(), bool(x[:, 1].all())) for x in self.score(text.Tokens(ids, counts))]
+
+    def loglikelihood_rolling(self, requests, **_):
+        """Returns the log-likelihood of each whole string, in windows of `room` tokens."""
+        windows = [[(None, *utils.make_disjoint_window(window)) for window in utils.get_rolling_token_windows(
+            self.tok_encode(*request.args), self.prefix_token_id, self.room, 1)] for request in requests]
+        scores = iter(self._loglikelihood_tokens([window for part in windows for window in part]))
+        return [sum(next(scores)[0] for _ in part) for part in windows]
+
+    def generate_until(self, requests, **_):
+        """Returns the continuation of each string, generated with the settings of its task."""
+        answers = {}
+        for settings in {repr(request.args[1]): request.args[1] for request in requests}.values():
+            prompts = {i: x.args[0] for i, x in enumerate(requests) if x.args[1] == settings}
+            answers |= zip(prompts, self.continuations(prompts.values(), **normalize_gen_kwargs(settings)))
+        return [answers[i] for i in range(len(requests))]
+
+    def continuations(self, prompts, *, until, max_gen_toks, do_sample, temperature=0.0, top_p=1.0, **others):
+        """Returns the texts that follow prompts, each up to the first of the stop strings `until`."""
+        if others:
+            raise ValueError(f"--tasks: a task generates with {others}, which is not supported")
+        ids = [(self.tok_encode(x) or [self.prefix_token_id])[-(self.room - max_gen_toks):] for x in prompts]
+        answers = self.generate(ids, self.eot_token_id, self.room, until, self.tokenizer.decode,
+                                new_tokens=max_gen_toks, temperature=temperature, top_p=top_p)
+        return [postprocess_generated_text(self.tokenizer.decode(x), until, None) for x in answers]
