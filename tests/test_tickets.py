@@ -205,6 +205,7 @@ def test_the_same_run_writes_the_same_bytes(paths):
     for path in (a, b):
         assert call(*TRAIN.format(**paths).split(), "--ticket", "random", "--out", path) == 0
     assert a.read_bytes() == b.read_bytes()
+    assert a.read_bytes()[4:8] == bytes(4)  # gzip's field for the time
 
 
 def test_eval_takes_a_ticket_as_any_reward_and_shows_bytes(paths, table, capsys):
