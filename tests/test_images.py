@@ -1,4 +1,5 @@
 """Image data sets: the drawn shapes, the readers and their cache, resizing, prompts, and damaged files."""
+import codecs
 import colorsys
 import hashlib
 import io
@@ -174,6 +175,13 @@ def test_the_members_of_a_tar_may_have_any_order(root):
     members = [*reversed(pairs([2, 0, 1])), ("s0.json", b"{}")]
     (root / "test" / "0.tar").write_bytes(tar_bytes([(f"deep/{name}", data) for name, data in members])[0])
     check(images.load(str(root), "test", 32), [1, 0, 2])
+
+
+def test_text_files_may_come_from_windows(root):
+    """Catches: A byte-order mark becomes a part of the first class name, and so of its prompts."""
+    for path in root.rglob("*.txt"):
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes().replace(b"\n", b"\r\n"))
+    check(images.load(str(root), "test", 32), TEST)
 
 
 @pytest.fixture(params=["org/name", "caltech101"])
