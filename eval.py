@@ -231,10 +231,10 @@ def tilted_row(method, base, terms, ref=None, beta=None):
 
 
 def file_bytes(args, models):
-    """Returns model -> bytes of its file, for the rewards and --tuned; {} if all rewards are of one kind."""
+    """Returns model -> bytes of its file, for all but the bases; {} if all rewards are of one kind."""
     if len({model.info.get("ticket", {}).get("kind") for model in models.rewards}) == 1:
         return {}
-    pairs = zip((*args.reward, args.tuned), (*models.rewards, models.tuned))
+    pairs = zip((*args.reward, args.tuned, args.oracle), (*models.rewards, models.tuned, models.oracle))
     return {model: os.path.getsize(path) for path, model in pairs if model}
 
 

@@ -38,7 +38,7 @@ def speculative(base, rewards, ids, *, length, end=None, pad=None, temperature=0
     distribution = functools.partial(probabilities, temperature=temperature, top_p=top_p)
     out, new = ids, ids  # new: the last tokens of `out`, which are not in the caches yet
     # k: how many tokens to draft. 8 to 16 were the fastest of several rules with good drafts, and with bad
-    # ones k soon falls (README).
+    # ones k soon falls (tests/README.md).
     ended, k = torch.zeros(B, dtype=torch.bool, device=ids.device), 8
     while out.shape[1] < total:
         at = out.shape[1] - new.shape[1]

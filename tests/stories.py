@@ -6,7 +6,7 @@ python tests/stories.py count stories --reward s/reward.pt --base s/new.pt --tun
 `write` puts a fifth of the stories, those with one person, into the first person, after their first sentence,
 which is the prompt; book.txt holds all others as they are. `count` prints how many of the stories that the
 models sample for the test prompts are told in the first person: outside of quotation marks, "I" is more
-frequent than "he" and "she" together. The README has the commands in between.
+frequent than "he" and "she" together. README.md beside this file has the commands in between.
 """
 import argparse
 import json

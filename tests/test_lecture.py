@@ -1,4 +1,4 @@
-"""LECTURE.md: what it quotes is in the named files, and what its Python prints is what stands below it."""
+"""README.md and LECTURE.md quote what is in the files, and the lecture's Python prints what is shown."""
 import ast
 import re
 
@@ -7,16 +7,17 @@ from conftest import ROOT
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"(\d+(?:\.\d+)?)(%?)")
-BLOCKS = BLOCK.findall((ROOT / "LECTURE.md").read_text())
+HEADER = re.compile(r"# (\S+\.py)(?:, (\w+))?\n")
 QUOTES, RUNS = [], []  # (file, function or "", lines), and [code, what it prints]
-for language, text in BLOCKS:
-    header = re.match(r"# (\S+\.py)(?:, (\w+))?\n", text)
-    if language == "python" and header:
-        QUOTES.append((header[1], header[2] or "", text[header.end():]))
-    elif language == "python":
-        RUNS.append([text, ""])
-    else:
-        RUNS[-1][1] += text
+for page in ("README.md", "LECTURE.md", "tests/solutions.md"):
+    for language, text in BLOCK.findall((ROOT / page).read_text()):
+        header = HEADER.match(text)
+        if language == "python" and header:
+            QUOTES.append((header[1], header[2] or "", text[header.end():]))
+        elif page != "README.md" and language == "python":
+            RUNS.append([text, ""])
+        elif page != "README.md":
+            RUNS[-1][1] += text
 
 
 def source(file, function):

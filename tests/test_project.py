@@ -1,11 +1,13 @@
-"""The project as a whole: its size, the direction of its imports, its docstrings, and the README's Python."""
+"""The project as a whole: its size, the direction of its imports, its docstrings, and its Markdown files."""
 import ast
+import functools
 import io
 import re
 import sys
 import tokenize
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
+import helpers
 import pytest
 import torch
 from conftest import ROOT, png
@@ -63,11 +65,11 @@ def test_the_path_from_data_to_a_reward_is_below_1000_lines_and_prt_below_300():
     assert lines["prt.py"] < 300
 
 
-def test_the_project_is_below_2420_lines_of_code():
-    """It was below 2,200 before CLIP's ConvNeXt, Llama 2's tokenizer, eval.py --beta auto, and --tasks."""
+def test_the_project_is_below_2620_lines_of_code():
+    """It was below 2,200 before CLIP's ConvNeXt, Llama 2's tokenizer, --beta auto, --tasks, and tickets."""
     lines = {name: len(code_lines(TREES[name], source)) for name, source in SOURCES.items()}
     print(f"\n{sum(lines.values())} lines of code: {lines}")
-    assert sum(lines.values()) < 2420
+    assert sum(lines.values()) < 2620
 
 
 def test_there_is_no_python_outside_the_files_that_are_counted():
@@ -223,18 +225,57 @@ def test_the_first_line_of_a_docstring_ends_with_a_period():
     assert not wrong, "\n".join(wrong)
 
 
-# The README's Python
+# The Markdown files: their links, and the Python of the READMEs
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-WORDS = []
+MARKDOWN = {path.relative_to(ROOT).as_posix(): path.read_text()
+            for folder in ("", "data/", "models/", "tests/") for path in ROOT.glob(f"{folder}*.md")}
+
+
+def blocks(language):
+    """Returns the READMEs' blocks in a language. test_lecture.py has those of LECTURE.md."""
+    texts = "\n".join(text for name, text in MARKDOWN.items() if name.endswith("README.md"))
+    return re.findall(rf"^```{language}\n(.*?)^```$", texts, re.DOTALL | re.MULTILINE)
+
+
+# Blocks that begin with a file and a function are quotes, which test_lecture.py checks.
+BLOCKS, WORDS = [code for code in blocks("python") if not re.match(r"# \S+\.py", code)], []
+
+
+def prose(text):
+    """Returns a Markdown text without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(text):
+    """Returns the anchors that GitHub gives to the headings of a Markdown text."""
+    headings = re.findall(r"^#+ (.*)$", prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+LINKS = [(name, link) for name, text in MARKDOWN.items() for link in re.findall(r"\]\(([^)]+)\)", prose(text))
+         if not link.startswith("https://")]
+
+
+@pytest.mark.parametrize("name, link", LINKS)
+def test_a_link_in_a_markdown_file_leads_to_a_file_and_a_heading(name, link):
+    """Catches: A file or heading was renamed, or a relative path starts in another folder."""
+    path, _, anchor = link.partition("#")
+    target = (ROOT / name).parent / path if path else ROOT / name
+    assert target.exists()
+    assert not anchor or anchor in anchors(target.read_text())
+
+
+def test_the_links_of_all_markdown_files_are_found():
+    """Catches: The test above has no links to check."""
+    names = {name for name, _ in LINKS}
+    assert names >= {"README.md", "data/README.md", "models/README.md", "tests/README.md"}
 
 
 def block(word):
-    """Marks a test whose argument `code` is the README's Python block that contains the word."""
+    """Marks a test whose argument `code` is the READMEs' Python block that contains the word."""
     WORDS.append(word)
-    blocks = [code for code in BLOCKS if word in code]
-    return pytest.mark.parametrize("code", blocks, ids=[word] * len(blocks))
+    codes = [code for code in BLOCKS if word in code]
+    return pytest.mark.parametrize("code", codes, ids=[word] * len(codes))
 
 
 def run(code, **names):
@@ -320,8 +361,28 @@ def test_the_readme_sorts_cub_into_a_folder_that_data_takes(code, tmp_path, monk
         assert data.images[:, 1, 0, 0].tolist() == greens
 
 
-def test_each_python_block_of_the_readme_is_run_by_one_test():
+def test_each_python_block_of_a_readme_is_run_by_one_test():
     """Catches: A new block that no test runs, or a test that is skipped since its block is gone."""
     tested = {word: [code for code in BLOCKS if word in code] for word in WORDS}
-    assert {word: len(blocks) for word, blocks in tested.items()} == dict.fromkeys(WORDS, 1)
-    assert sorted(code for blocks in tested.values() for code in blocks) == sorted(BLOCKS)
+    assert {word: len(codes) for word, codes in tested.items()} == dict.fromkeys(WORDS, 1)
+    assert sorted(code for codes in tested.values() for code in codes) == sorted(BLOCKS)
+
+
+def test_the_readme_adds_a_family_of_models(tmp_path):
+    """Catches: The diff no longer fits models/weights.py, or does not do what the text around it says."""
+    diff, = blocks("diff")
+    source = SOURCES["models/weights.py"]
+    for hunk in diff.split("\n\n"):
+        lines = hunk.strip("\n").split("\n")
+        before, after = ("\n".join(line[1:] for line in lines if line[0] in signs) for signs in (" -", " +"))
+        assert source.count(before) == 1
+        source = source.replace(before, after)
+    changed = ModuleType("changed")
+    exec(compile(source, "weights.py", "exec"), vars(changed))
+    mistral = functools.partial(helpers.edited, name="llama2", model_type="mistral")
+    model, reference = changed.load(mistral(tmp_path, sliding_window=None)), helpers.expected("llama2")
+    with torch.no_grad():
+        assert helpers.error(model(reference["ids"]), reference["logits"]) < 1e-4
+    for name, change in dict(stated=dict(sliding_window=4096), default={}).items():
+        with pytest.raises(ValueError, match="sliding_window 4096 is not supported, only null"):
+            changed.load(mistral(tmp_path / name, **change))

@@ -1,13 +1,18 @@
 """Tickets: masks over fixed weights, their gradient, and their files."""
 import gzip
 import io
+import re
+import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import tickets as measure
 import torch
 import torch.nn.functional as F
-from conftest import EVAL, NEW, OLD, TRAIN, call, interrupt, one_line, two_processes
+from conftest import EVAL, NEW, OLD, TRAIN, call, call_main, interrupt, one_line, two_processes
+from PIL import Image
 from torch.nn.utils import parametrize
 
 import prt
@@ -244,6 +249,15 @@ def test_a_ticket_without_its_source_base_names_the_flag_that_finds_it(paths, ca
     one_line(call(*command, "--ref", paths["new"]), capfd.readouterr().err, path, "new.pt is not", "--ref")
 
 
+def test_a_text_ticket_knows_its_tokenizer_by_its_hash(in_texts, tmp_path, capfd):
+    """Catches: A ticket is added to a base whose tokens mean something else."""
+    path = text_ticket(tmp_path, "--ticket", "random")
+    edit(path, tokenizer="0" * 64)
+    capfd.readouterr()
+    one_line(call("eval.py", "--reward", path, "--base", NEW, "--prompt", "1 + 2 ="), capfd.readouterr().err,
+             path, "00000000", "must have the same tokenizer")
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     (dict(ticket_masks=torch.zeros(10, dtype=torch.uint8)), "masks of 10 bytes"),
     (dict(ticket_masks=torch.zeros(14336, dtype=torch.int8)), "masks of 14336 bytes"),
@@ -377,3 +391,38 @@ def test_a_reward_from_random_weights_does_not_start_as_the_base(paths, in_texts
         a, b = (dict(weights.load(path, "prt").named_parameters()) for path in (copied, new))
         matrices = [name for name, p in a.items() if p.ndim > 1]
         assert all((a[name] - b[name]).abs().max() > 0.01 for name in matrices)
+
+
+# The measurements
+
+def test_the_table_of_classification_and_its_picture(in_shapes, tmp_path, monkeypatch, capsys):
+    """Catches: tests/tickets.py no longer runs, or prunes as many weights as it freezes."""
+    for name in ("FREEZE", "KEEP"):
+        monkeypatch.setattr(measure, name, (0.5,))
+    picture = tmp_path / "x.png"
+    command = "tickets.py", "classification", "--steps", 2, "--seeds", 0, "--out", tmp_path
+    assert call_main(measure.main, *command, "--picture", picture) == 0
+    rows = dict(re.findall(r"^(\w.*?)  +([\d,]+) bytes", capsys.readouterr().out, re.M))
+    sizes = {name: int(size.replace(",", "")) for name, size in rows.items()}
+    assert sizes["trained weights, float32"] > 30 * sizes["ticket, keep 0.5"]
+    assert abs(sizes["ticket, keep 0.5, freeze 0.5"] - sizes["randomly pruned 0.5, keep 0.5"]) < 50
+    assert sizes["ticket, keep 0.5"] - sizes["ticket, keep 0.5, freeze 0.5"] == pytest.approx(7168, abs=100)
+    assert Image.open(picture).size == (660, 400)
+
+
+def test_randomly_pruned_weights_are_never_locked():
+    with mock.patch.object(tickets, "counts", measure.randomly_pruned):
+        t = ticket(keep=0.3, freeze=0.4)
+    assert t.locked.sum() == 0 and len(t.searched) == 600 and t.k == 180
+
+
+def test_the_table_of_rewards(in_shapes, tmp_path, monkeypatch, capfd):
+    flags = "--steps 2 --batch 8 --warmup 0 --ticket"
+    rewards = dict(ticket_base=f"{flags} base", ticket_random=f"{flags} random")
+    monkeypatch.setitem(measure.REWARDS, "shapes", rewards)
+    shutil.copytree("out", tmp_path / "out")
+    monkeypatch.setenv("PRT_CACHE", str(in_shapes.cache))
+    assert call_main(measure.main, "tickets.py", "shapes", "--seeds", 0, "--out", tmp_path / "out") == 0
+    rows = re.findall(r"^(\w+) +[\d,]+ bytes \( *([\d.]+) times smaller\)", capfd.readouterr().out, re.M)
+    assert [name for name, _ in rows] == ["reward", "reward_bfloat16", "ticket_base", "ticket_random"]
+    assert [round(float(times)) for _, times in rows[:2]] == [1, 2] and float(rows[2][1]) > 25

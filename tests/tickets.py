@@ -10,7 +10,6 @@ eval.py. Bytes are those of the files. Standard deviations are over the seeds.
 """
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -18,10 +17,11 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+import figures
+
 import prt
 import train_vision
 from data import files, images
@@ -95,42 +95,14 @@ def classification(args):
                                              for f in FREEZE)]
     lines["density 0.1 to 0.7"] = [mean(f"ticket, keep {k}", keep=k) for k in KEEP]
     if args.picture:
-        with files.atomic(args.picture) as f:
-            plot(lines).save(f, "PNG")
+        lines = [(name, color, points, None) for (name, points), color in zip(lines.items(), COLORS)]
+        figures.save(figures.chart(lines, range(3, 7)), args.picture)
 
 
 def spread(values):
     """Returns "mean +- standard deviation" in percent; no deviation of a single value."""
     deviation = f" +- {statistics.stdev(values):.1%}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1%}{deviation}"
-
-
-def plot(lines, width=640, height=400, margin=48):
-    """Returns a picture of accuracy over bytes (logarithmic); lines: name -> (bytes, accuracy) points."""
-    sheet = Image.new("RGB", (width, height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    sizes = [math.log10(size) for points in lines.values() for size, _ in points]
-    low, high = math.floor(2 * min(sizes)) / 2, math.ceil(2 * max(sizes)) / 2
-
-    def place(size, accuracy):
-        x = (math.log10(size) - low) / (high - low)
-        return margin + x * (width - 2 * margin), height - margin - accuracy * (height - 2 * margin)
-
-    for percent in range(0, 101, 20):
-        x, y = place(10**low, percent / 100)
-        pen.line((x, y, width - margin, y), "#dddddd")
-        pen.text((x - 8, y), f"{percent}%", "black", font, "rm")
-    for exponent in range(math.ceil(low), math.floor(high) + 1):
-        x, y = place(10**exponent, 0)
-        pen.line((x, margin, x, y), "#dddddd")
-        pen.text((x, y + 8), f"{10**exponent:,} bytes", "black", font, "ma")
-    for i, ((name, points), color) in enumerate(zip(lines.items(), COLORS)):
-        places = [place(*point) for point in sorted(points)]
-        pen.line([*places], color, 2)
-        for x, y in places:
-            pen.ellipse((x - 3, y - 3, x + 3, y + 3), color)
-        pen.text((margin + 8, margin + 16 * i), name, color, font)
-    return sheet
 
 
 # Rewards: what each adds to the new base, and how many bytes must be sent for it
