@@ -1,4 +1,4 @@
-"""The README's commands: all of them are parsed, and those of the paper's recipes run on tiny models.
+"""The READMEs' commands: all of them are parsed, and those of the paper's recipes run on tiny models.
 
 The models have the names that the commands give them, and come from a hub on this machine.
 """
@@ -23,7 +23,7 @@ from data import images, text
 from models.clip import CLIP
 
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-SECTIONS = (ROOT / "README.md").read_text().split("\n## ")
+PAGES = [(ROOT / folder / "README.md").read_text() for folder in ("", "data", "models", "tests")]
 DOCSTRINGS = "".join(script.__doc__ for script in SCRIPTS.values())
 # Bash functions that print each command line as words between zero bytes, instead of running it.
 PRINT = """
@@ -47,12 +47,14 @@ def commands(shell):
 
 def section(title):
     """Returns the commands of the section of the README whose title begins so."""
-    body, = (part for part in SECTIONS if part.startswith(title))
+    body, = (part for part in PAGES[0].split("\n## ") if part.startswith(title))
     return commands("".join(BLOCK.findall(body)))
 
 
-README = [words for part in SECTIONS for block in BLOCK.findall(part) for words in commands(block)]
-README += commands("\n".join(re.findall(r"^(?:python|torchrun) .*?(?=  |$)", DOCSTRINGS, re.MULTILINE)))
+# "python -" runs what stands below it.
+COMMANDS = [words for page in PAGES for block in BLOCK.findall(page) for words in commands(block)
+            if words != ["-"]]
+COMMANDS += commands("\n".join(re.findall(r"^(?:python|torchrun) .*?(?=  |$)", DOCSTRINGS, re.MULTILINE)))
 IMAGES, TEXT = section("The paper's recipe on images"), section("The paper's recipe on text")
 
 
@@ -69,9 +71,9 @@ def runs_of_scripts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("words", README, ids=" ".join)
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_the_flags_of_a_command_exist(words, runs_of_scripts, monkeypatch):
-    """Catches: A flag was renamed, and the README or a script's docstring still has the old name."""
+    """Catches: A flag was renamed, and a README or a script's docstring still has the old name."""
     name = words[0]
     if name in SCRIPTS:
         monkeypatch.setattr(sys, "argv", words)
@@ -82,8 +84,8 @@ def test_the_flags_of_a_command_exist(words, runs_of_scripts, monkeypatch):
 
 def test_no_command_is_missed():
     """Catches: The tests in this file pass since they see no commands."""
-    shell = "".join(block for part in SECTIONS for block in BLOCK.findall(part)) + DOCSTRINGS
-    assert len(README) == len(re.findall(r"\b(?:python|torchrun) .*?\.py", shell)) > 40
+    shell = "".join(block for page in PAGES for block in BLOCK.findall(page)) + DOCSTRINGS
+    assert len(COMMANDS) == len(re.findall(r"\b(?:python|torchrun) .*?\.py", shell)) > 40
     assert [words[0] for words in IMAGES] == ["train_vision.py"] * 2 + ["eval.py"] * 2
     assert {words[0] for words in TEXT} == {"train_lm.py", "eval.py"}
 
