@@ -168,7 +168,7 @@ def resize_crop(image, size):
 def lines(path):
     """Returns the lines of a text file that are not blank."""
     with files.explain(path, UnicodeDecodeError):
-        return [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
 
 
 def webdataset(fetch, split):

@@ -57,7 +57,7 @@ def load(source, split):
         raise FileNotFoundError(f"--data {source}: no test split; use a folder with train.* and test.*")
     if path.suffix == ".txt":
         with files.explain(path, UnicodeDecodeError):
-            return "{}", [(str(path), [(read(path).decode(), True)])]
+            return "{}", [(str(path), [(read(path).decode("utf-8-sig"), True)])]
     examples = [(name, *segments(name, row)) for name, row in rows(path)]
     if not examples:
         raise ValueError(f"{path}: holds no example")

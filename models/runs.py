@@ -268,12 +268,12 @@ def save(args, info, policy, optimizer, step, steps):
             content["optimizer"] = optimizer_state
         files.save(args.out, content, compress=finished and is_ticket)
         if finished:
-            print(f"{args.out}: {Path(args.out).stat().st_size:,} bytes")
+            tqdm.write(f"{args.out}: {Path(args.out).stat().st_size:,} bytes")
     if dist.is_initialized():
         dist.barrier()  # no process continues before the file exists
     STOP.training = not finished
     if stopping() and not finished:
-        print(f"{args.out} has {step} of {steps} steps; continue with the same command and --resume")
+        tqdm.write(f"{args.out} has {step} of {steps} steps; continue with the same command and --resume")
         sys.exit(128 + STOP.signal)
 
 

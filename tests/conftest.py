@@ -1,7 +1,9 @@
 """What the tests share: a web server, small data sets and checkpoints, and calls of the scripts."""
+import gzip
 import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -140,6 +143,21 @@ def write_webdataset(root, colors=COLORS):
     (root / "classnames.txt").write_text("".join(f"{c}\n" for c in colors))
     (root / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\nsomething {c}.\n")
     return root
+
+
+def write_cifar100(path):
+    """Writes an archive in CIFAR-100's form: 4 images to train on, 2 to test. Returns its path and pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
+
+    def table(rows, labels):
+        data = pixels[rows].reshape(len(labels), -1)
+        return {b"data": data, b"fine_labels": labels, b"coarse_labels": [1 - label for label in labels]}
+
+    names = {b"fine_label_names": [b"apple", b"aquarium_fish"], b"coarse_label_names": [b"food", b"fish"]}
+    members = dict(meta=names, train=table(slice(4), [0, 1, 1, 0]), test=table(slice(4, 6), [1, 0]))
+    plain, _ = tar_bytes([(f"cifar-100-python/{n}", pickle.dumps(value)) for n, value in members.items()])
+    path.write_bytes(gzip.compress(plain))
+    return path, pixels
 
 
 def jsonl(rows):

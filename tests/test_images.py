@@ -1,18 +1,18 @@
 """Image data sets: the drawn shapes, the readers and their cache, resizing, prompts, and damaged files."""
+import codecs
 import colorsys
 import hashlib
 import io
 import os
 import pickle
 import random
-import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import COLORS, REFUSED, pairs, png, tar_bytes, write_webdataset
+from conftest import COLORS, REFUSED, pairs, png, tar_bytes, write_cifar100, write_webdataset
 from PIL import Image
 
 from data import files, images
@@ -177,6 +177,13 @@ def test_the_members_of_a_tar_may_have_any_order(root):
     check(images.load(str(root), "test", 32), [1, 0, 2])
 
 
+def test_text_files_may_come_from_windows(root):
+    """Catches: A byte-order mark becomes a part of the first class name, and so of its prompts."""
+    for path in root.rglob("*.txt"):
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes().replace(b"\n", b"\r\n"))
+    check(images.load(str(root), "test", 32), TEST)
+
+
 @pytest.fixture(params=["org/name", "caltech101"])
 def hub(request, root, serve, monkeypatch):
     """A server of one data set, and the name that --data gives it."""
@@ -256,19 +263,7 @@ def test_a_folder_may_have_templates(photos):
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
     """A small archive in CIFAR-100's form, whose hash the code now expects, and its pixels."""
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
-
-    def table(rows, labels):
-        data = pixels[rows].reshape(len(labels), -1)
-        return {b"data": data, b"fine_labels": labels, b"coarse_labels": [1 - label for label in labels]}
-
-    names = {b"fine_label_names": [b"apple", b"aquarium_fish"], b"coarse_label_names": [b"food", b"fish"]}
-    members = dict(meta=names, train=table(slice(4), [0, 1, 1, 0]), test=table(slice(4, 6), [1, 0]))
-    plain, _ = tar_bytes([(f"cifar-100-python/{n}", pickle.dumps(value)) for n, value in members.items()])
-    path = tmp_path / "cifar-100-python.tar.gz"
-    with tarfile.open(path, "w:gz") as tar, tarfile.open(fileobj=io.BytesIO(plain)) as source:
-        for member in source:
-            tar.addfile(member, source.extractfile(member))
+    path, pixels = write_cifar100(tmp_path / "cifar-100-python.tar.gz")
     monkeypatch.setattr(images, "CIFAR_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     return path, torch.from_numpy(pixels)
 

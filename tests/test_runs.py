@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import os
+import re
 import resource
 import signal
 import socket
@@ -331,6 +332,26 @@ def test_only_an_unfinished_run_resumes(tmp_path):
     save(args, 4, 4)
     with pytest.raises(ValueError, match=r"--resume: .*x\.pt is not an unfinished run .*step: 4"):
         runs.begin(args)
+
+
+class Terminal(io.StringIO):
+    """A terminal for standard output and standard error."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("is_stopped, message", [(False, ": .* bytes"), (True, " has 1 of 2 steps; .*")])
+def test_what_is_printed_during_training_is_not_behind_the_bar(paths, monkeypatch, is_stopped, message):
+    """Catches: On a terminal, the size of the file continues the line of the progress bar."""
+    terminal = Terminal()
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, terminal)
+    monkeypatch.setattr(runs, "stopping", lambda: is_stopped)
+    assert call(*TRAIN.format(**paths).split()) == (128 if is_stopped else 0)
+    lines = [line.rpartition("\r")[2] for line in terminal.getvalue().split("\n")]  # what stays
+    assert [line for line in lines if re.fullmatch(f"{paths['out']}/x.pt{message}", line)]
+    assert any("2/2" in line for line in lines) != is_stopped
 
 
 # Stages

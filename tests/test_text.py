@@ -1,4 +1,5 @@
 """Text data sets: the readers, which tokens the loss counts, the batches, and the embedded arithmetic."""
+import codecs
 import functools
 import gzip
 import json
@@ -219,6 +220,16 @@ def test_without_pyarrow_the_error_says_how_to_install_it(tmp_path, monkeypatch)
 def test_a_text_file_is_one_example(tmp_path):
     """Catches: A book is read line by line, or without its line breaks."""
     assert read(write(tmp_path / "x.txt", "Once\n\nupon ü")) == ("{}", [[("Once\n\nupon ü", True)]])
+
+
+@pytest.mark.parametrize("name, content, expected", [
+    ("x.txt", "Once ü", ("{}", [[("Once ü", True)]])),
+    ("x.jsonl", GOOD + "\r\n" + GOOD + "\r\n", ("{}", [[("a", False), ("b", True)]] * 2))])
+def test_files_may_come_from_windows(tmp_path, name, content, expected):
+    """Catches: A byte-order mark becomes a token, or a line end makes a line invalid."""
+    path = tmp_path / name
+    path.write_bytes(codecs.BOM_UTF8 + content.encode())
+    assert read(path) == expected
 
 
 @pytest.mark.parametrize("split, prompt", [("train", "a"), ("test", "c")])
