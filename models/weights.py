@@ -384,12 +384,12 @@ def same_vocabulary(models):
                   if "ticket" not in model.info}
     first_name, first = next(iter(tokenizers.items()))
     for name, model in models.items():
-        size, hash = "others", model.info["tokenizer"]
+        other_size, other_hash = "others", model.info["tokenizer"]
         if name in tokenizers:
-            size, hash = tokenizers[name].size, tokenizers[name].hash
-        if hash != first.hash:
-            raise ValueError(f"{first_name} has {first.size} tokens ({first.hash[:8]}), {name} {size} "
-                             f"({hash!s:.8}): a reward and its base must have the same tokenizer")
+            other_size, other_hash = tokenizers[name].size, tokenizers[name].hash
+        if other_hash != first.hash:
+            raise ValueError(f"{first_name} has {first.size} tokens ({first.hash[:8]}), {name} {other_size} "
+                             f"({other_hash!s:.8}): a reward and its base must have the same tokenizer")
     size = min(tokenizer.size for tokenizer in tokenizers.values())
     rows = {name: model.size for name, model in models.items()}
     if min(rows.values()) < size:

@@ -260,7 +260,7 @@ CASES = {
     "not UTF-8": (TUNE + "--data {root}/latin.jsonl", "{root}/latin.jsonl"),
     "no tokenizer": (TUNE + "--base {bare}", "{bare}", "tokenizer.json"),
     "no tokenizer of the reward": (TUNE + "--reward-init {bare}", "{bare}", "tokenizer.json"),
-    "other tokenizer": (TUNE + "--reward-init {root}/llama", "{root}/llama", "{old}", "550 tokens", "other"),
+    "other tokenizer": (TUNE + "--reward-init {root}/llama", "{root}/llama", "{old}", "550 tokens", "400 ("),
     "larger tokenizer than the matrix": (TUNE + "--base {root}/short", "{root}/short", "512", "550 tokens"),
     "no end token": (TUNE + "--base {root}/endless", "{root}/endless", "eos_token_id"),
     "image base": (TUNE + "--base {clip}", "{clip} is a base for images", "text"),
