@@ -147,7 +147,8 @@ def load_models(args, device):
 
     def load(path, role):
         if (path, role) not in loaded:
-            model = weights.load(path, role, is_text, dtype, args.ref).to(device)
+            ref = args.base if path == args.oracle else args.ref
+            model = weights.load(path, role, is_text, dtype, ref).to(device)
             if role == "base" and not is_text:
                 model = classifier(model, images.prompts(info["classes"], info["templates"]))
             loaded[path, role] = model
@@ -231,11 +232,11 @@ def tilted_row(method, base, terms, ref=None, beta=None):
 
 
 def file_bytes(args, models):
-    """Returns model -> bytes of its file, for all but the bases; {} if all rewards are of one kind."""
-    if len({model.info.get("ticket", {}).get("kind") for model in models.rewards}) == 1:
-        return {}
-    pairs = zip((*args.reward, args.tuned, args.oracle), (*models.rewards, models.tuned, models.oracle))
-    return {model: os.path.getsize(path) for path, model in pairs if model}
+    """Returns model -> bytes of its file, for all but the bases; {} if all of them are of one kind."""
+    trained = zip((*args.reward, args.tuned, args.oracle), (*models.rewards, models.tuned, models.oracle))
+    sizes = {model: os.path.getsize(path) for path, model in trained if model}
+    kinds = {model.info.get("ticket", {}).get("kind") for model in sizes}
+    return sizes if len(kinds) > 1 else {}
 
 
 # Images

@@ -90,7 +90,7 @@ def train(args, device, state):
     info = dict(kind="gpt", arch=policy.arch, tokenizer=tokenizer.text, template=template, data=args.data)
     if base:
         info |= dict(method=args.method, beta=args.beta, source=args.base)
-        runs.initialize(args, policy, info)
+        runs.initialize(args, policy, info, state)
 
     def fetch(i, generator):
         return *runs.to_device(text.collate(data, i), device), None

@@ -79,7 +79,7 @@ def tune(args, device, state):
 
     info = dict(kind="classifier", arch=policy.arch, classes=data.classes, templates=data.templates,
                   data=args.data, method=args.method, beta=args.beta, source=args.base)
-    runs.initialize(args, policy, info)
+    runs.initialize(args, policy, info, state)
     prt.fit(policy, runs.order(args, len(data.labels)), fetch,
             **runs.fit_options(args, args.steps, args.steps // 4, policy, base, device, info, state))
 

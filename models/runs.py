@@ -93,7 +93,7 @@ def setup(device=None):
 def shard(model, device):
     """Shards a model's weights over the processes with FSDP2, which gathers one block at a time."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    lists = [module for module in model.modules() if type(module) is torch.nn.ModuleList]
     for module in (*(block for blocks in lists for block in blocks), model):
         fully_shard(module, mesh=mesh)
 
@@ -177,16 +177,23 @@ def permutation(n, seed, epoch):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
 
 
-def initialize(args, policy, info):
-    """Does what --reward-init random and --ticket ask for, in place; info: entries of the checkpoint."""
-    if args.reward_init == "random":
-        fresh = weights.network(info["kind"], policy.arch, getattr(policy, "head", None))
-        policy.load_state_dict(fresh.state_dict())
+def initialize(args, policy, info, state):
+    """Does what --reward-init random and --ticket ask for, in place.
+
+    info: entries of the checkpoint. state: the checkpoint to continue from, or None. Raises ValueError if its
+    ticket was of other weights.
+    """
+    if args.reward_init and args.ticket:
+        raise ValueError("--reward-init: a ticket's weights are those that --ticket names; leave it out")
+    if "random" in (args.reward_init, args.ticket):
+        torch.manual_seed(args.seed + 1)  # the base may have started from the weights of args.seed
+        head = policy.head if info["kind"] == "classifier" else None
+        policy.load_state_dict(weights.network(info["kind"], policy.arch, head).state_dict())
     if args.ticket:
-        if args.reward_init:
-            raise ValueError("--reward-init: a ticket's weights are those that --ticket names; leave it out")
         settings = dict(kind=args.ticket, keep=args.keep, freeze=args.freeze, seed=args.seed)
         info["ticket"] = tickets.convert(policy, settings)
+        if state and state["ticket"]["checksum"] != info["ticket"]["checksum"]:
+            raise ValueError(f"--resume: {args.out} was started with other weights below the mask")
         if info["kind"] == "gpt":
             info["tokenizer"] = Tokenizer(info["tokenizer"], args.base).hash  # the text needs more bytes
 
@@ -284,8 +291,10 @@ def launch(args, data, tuning, pretraining, stages, train):
     whose `base` is an earlier stage. A finished stage is not run again. train: called with the arguments, the
     device, and the checkpoint to continue from, or None.
     """
-    if args.method == "pretrain" and (args.ticket or args.reward_init):
-        raise ValueError("--ticket and --reward-init are for rewards, not for --method pretrain")
+    if args.method in ("ft", "pretrain") and args.reward_init:
+        raise ValueError(f"--reward-init is for rewards, not for --method {args.method}")
+    if args.method == "pretrain" and args.ticket:
+        raise ValueError("--ticket is for rewards, not for --method pretrain")
     if args.ticket is None and (args.keep or args.freeze):
         raise ValueError("--keep and --freeze are for tickets: add --ticket random or --ticket base")
     device = setup(args.device)
@@ -309,6 +318,8 @@ def launch(args, data, tuning, pretraining, stages, train):
         fixed = {flag: stage[flag] for flag in ("data", "method", "size") if flag in stage}
         if "base" in stage:
             fixed["base"] = f"{folder / stage['base']}.pt"
+        if stage["method"] != "prt":
+            fixed["reward_init"] = None
         run = flags.resolve(args, stage, **fixed, out=f"{folder / name}.pt")
         checkpoint = files.read(run.out, lazy=True) if Path(run.out).exists() else {}
         if not checkpoint or "optimizer" in checkpoint:

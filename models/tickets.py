@@ -1,12 +1,13 @@
 """Rewards as strong lottery tickets: masks over weights that are never trained.
 
-Every weight w has a score. The network computes with m * w, where m is 1 for the share `keep` of the weights
-with the highest scores, and else 0 (Edge-Popup, Ramanujan et al. 2020). A file holds a bit per weight. The
-weights are those of the source base (kind "base"), or come from a seed (kind "random").
+Every weight w has a score. The network computes with m * w, where m is 1 for the fraction `keep` of weights
+with the highest scores, and 0 for the others (Edge-Popup, Ramanujan et al. 2020). A file has one bit for each
+weight. The weights are those of the source base (kind "base"), or come from a seed (kind "random").
 
-Otsuka et al. (TMLR 2025, arXiv 2402.14029) freeze a random share `freeze` of the weights before training: the
-share `keep` of it is locked (m = 1), the rest pruned (m = 0). Only the others are searched: they have scores,
-and bits in the file. Masked are matrices and convolutions; embeddings, norms, and biases stay as they are.
+Otsuka et al. (TMLR 2025, arXiv 2402.14029) freeze the mask of a random fraction `freeze` of weights before
+training: of these, the fraction `keep` is locked (m = 1), the rest pruned (m = 0). Only the other weights are
+searched: they have scores, and bits in the file. Masked are matrices and convolutions. Embeddings, norms, and
+biases are the base's, or with random weights random signs, ones, and zeros.
 """
 import hashlib
 
@@ -17,7 +18,7 @@ from torch.nn.utils import parametrize
 from models.clip import Classifier
 
 
-class Mask(torch.autograd.Function):
+class TopK(torch.autograd.Function):
     """The mask of the k highest scores, with a straight-through gradient.
 
     forward: m_i = 1 if s_i is one of the k highest scores (of equal ones, the first), else 0.
@@ -36,7 +37,7 @@ class Mask(torch.autograd.Function):
         return gradient, None
 
 
-class Ticket(nn.Module):
+class MaskedWeight(nn.Module):
     """Computes m * w from the scores [S] of the searched weights; a parametrization of torch.nn.utils."""
 
     def __init__(self, weight, settings, generator):
@@ -50,11 +51,8 @@ class Ticket(nn.Module):
         self.register_buffer("searched", order[n - searched:].sort().values, persistent=False)
 
     def forward(self, scores):
-        return self.masked(Mask.apply(scores, self.k))
-
-    def masked(self, mask):
-        """Returns m * w, given the mask [S] of the searched weights."""
-        return self.locked.index_copy(0, self.searched, mask).view_as(self.weight) * self.weight
+        mask = self.locked.index_copy(0, self.searched, TopK.apply(scores, self.k))
+        return mask.view_as(self.weight) * self.weight
 
     def right_inverse(self, weight):
         """Returns the first scores [S]: magnitudes times noise, since those of random weights are equal."""
@@ -76,33 +74,34 @@ def is_masked(name, parameter):
 
 @torch.no_grad()
 def randomize(model, keep, generator):
-    """Replaces matrices by signed Kaiming constants, +-(2 / (keep * inputs))^0.5 with random signs.
-
-    A Classifier's head becomes random, too, so that the ticket needs no text tower.
-    """
+    """Replaces matrices by signed Kaiming constants, +-(2 / (keep * inputs))^0.5, a head by random signs."""
     def signs(shape):
         return torch.randint(2, shape, generator=generator) * 2.0 - 1
 
+    tied = model.arch.get("tied")  # the embedding is the output matrix, too
     for name, p in model.named_parameters():
-        if is_masked(name, p):  # [outputs, inputs, ...]
+        if is_masked(name, p):  # [outputs, inputs, ...]; CLIP's proj is transposed, but its scale cancels out
             p.copy_(signs(p.shape) * (2 / (keep * p[0].numel())) ** 0.5)
+        elif "embed" in name:
+            p.copy_(signs(p.shape) * (p.shape[1] ** -0.5 if tied else 1.0))
         else:
-            p.copy_(signs(p.shape) if "embed" in name else torch.full(p.shape, 1.0 - name.endswith("bias")))
+            p.fill_(0.0 if name.endswith("bias") else 1.0)
     if isinstance(model, Classifier):
         model.head.copy_(signs(model.head.shape) * model.head.shape[1] ** -0.5 / 0.07)  # CLIP's first scale
 
 
-def masks_of(model, settings):
-    """Returns sorted name -> Ticket, and a checksum; a "random" model first gets its weights, in place."""
+def masked_weights(model, settings):
+    """Returns sorted name -> MaskedWeight, and a checksum; a "random" model first gets its weights."""
     generator = torch.Generator().manual_seed(settings["seed"])
     if settings["kind"] == "random":
         randomize(model, settings["keep"], generator)
-    parts = {name: Ticket(p.detach(), settings, generator) for name, p in sorted(model.named_parameters())
-             if is_masked(name, p)}
+    masked = {name: MaskedWeight(p.detach(), settings, generator)
+              for name, p in sorted(model.named_parameters()) if is_masked(name, p)}
+    fixed = [x for name, x in model.state_dict().items() if name != "head"]  # whose rounding may differ
     checksum = hashlib.sha256()
-    for x in (*model.parameters(), *(part.locked for part in parts.values())):
-        checksum.update(x.detach().cpu().contiguous().numpy())
-    return parts, checksum.hexdigest()
+    for x in (*fixed, *(part.locked for part in masked.values())):
+        checksum.update(x.cpu().contiguous().numpy())
+    return masked, checksum.hexdigest()
 
 
 def convert(model, settings):
@@ -110,11 +109,11 @@ def convert(model, settings):
 
     settings: kind, keep, freeze, seed. The scores are the model's only parameters that require a gradient.
     """
-    tickets, checksum = masks_of(model, settings)
+    masked, checksum = masked_weights(model, settings)
     model.requires_grad_(False)
-    for name, ticket in tickets.items():
+    for name, part in masked.items():
         path, _, parameter = name.rpartition(".")
         module = model.get_submodule(path)
-        parametrize.register_parametrization(module, parameter, ticket, unsafe=True)  # changes the shape
+        parametrize.register_parametrization(module, parameter, part, unsafe=True)  # changes the shape
         module.parametrizations[parameter].original.requires_grad_()
     return settings | dict(checksum=checksum)

@@ -112,42 +112,46 @@ def checkpoint_model(checkpoint, dtype, ref):
 # Tickets
 
 def ticket_model(info, dtype, ref):
-    """Returns the network of a ticket: its fixed weights, drawn or loaded once more, times its masks.
+    """Returns the network of a ticket; info: the checkpoint.
 
-    info: the checkpoint. Raises ValueError if these are not the weights that the ticket was trained with, and
-    OSError if its source base is not found.
+    Raises ValueError if the weights below its masks are not those of its training.
     """
     kind, arch, ticket = info["kind"], info["arch"], info["ticket"]
-    head = None if kind == "gpt" else torch.empty(len(info["classes"]), arch["embed_dim"])
     layers = arch["layers"] if isinstance(arch["layers"], list) else [arch["layers"]]
     if max(layers) > 8 * len(ticket["masks"]):
         raise ValueError(f"{layers} layers, but masks of {len(ticket['masks'])} bytes")
+    head = None if kind == "gpt" else torch.empty(len(info["classes"]), arch["embed_dim"])
     with torch.device("meta"):
         check_ticket(ticket, network(kind, arch, head))
     if ticket["kind"] == "random":
         model, cause = network(kind, arch, head), "another version of torch has other random numbers"
     else:
         ref = ref or info["source"]
-        cause = f"{ref} is not the base that it was trained on; --ref names that"
-        try:
-            model = load(ref, "base", text=kind == "gpt")
-        except OSError as error:
-            raise OSError(f"{error}; a ticket is a mask over these weights: name them with --ref") from None
-        if kind == "classifier":
-            model = classifier(model, images.prompts(info["classes"], info["templates"]))
-    parts, checksum = tickets.masks_of(model, ticket)
+        model, cause = source_of(info, ref), f"{ref} is not the base that it was trained on; --ref names that"
+    masked, checksum = tickets.masked_weights(model, ticket)
     if checksum != ticket["checksum"]:
         raise ValueError(f"its masks are for other weights than those it gets here: {cause}")
-    tensors, sizes = model.state_dict(), [len(part.searched) for part in parts.values()]
+    tensors, sizes = model.state_dict(), [len(part.searched) for part in masked.values()]
     bits = np.unpackbits(ticket["masks"].numpy())[:sum(sizes)]
-    for (name, part), mask in zip(parts.items(), torch.from_numpy(bits).float().split(sizes)):
-        tensors[name] = part.masked(mask)
+    for (name, part), mask in zip(masked.items(), torch.from_numpy(bits).float().split(sizes)):
+        tensors[name] = part(mask)  # the highest "scores" of a mask are its ones
     return build(arch, tensors, info, dtype)
+
+
+def source_of(info, ref):
+    """Returns the source base, at ref, that a ticket masks, for images with its zero-shot head."""
+    try:
+        model = load(ref, "base", text=info["kind"] == "gpt")
+    except OSError as error:
+        raise OSError(f"{error}; a ticket is a mask over these weights: name them with --ref") from None
+    if info["kind"] == "gpt":
+        return model
+    return classifier(model, images.prompts(info["classes"], info["templates"]))
 
 
 def pack_masks(model, state):
     """Returns the masks of a ticket, sorted by name, as uint8 [bits / 8]; state: its state dict (scores)."""
-    masks = {name.replace("parametrizations.", ""): tickets.Mask.apply(state[f"{name}.original"], module[0].k)
+    masks = {name.replace("parametrizations.", ""): tickets.TopK.apply(state[f"{name}.original"], module[0].k)
              for name, module in model.named_modules() if isinstance(module, ParametrizationList)}
     bits = torch.cat([mask for _, mask in sorted(masks.items())]).bool()
     return torch.from_numpy(np.packbits(bits.numpy()))

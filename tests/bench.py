@@ -506,11 +506,11 @@ def text_step(args, device):
 def ticket_step(args, device):
     """Step time of training a ticket over that of training a full reward, on images and on text."""
     ratios = {}
-    for name, trainer in ((args.image, image_trainer), (args.text, text_trainer)):
+    for part, name, trainer in (("image", args.image, image_trainer), ("text", args.text, text_trainer)):
         runs = [trainer(args, device, mode) for mode in ("prt", "ticket")]
         full, ticket = (seconds / args.steps for seconds in alternate(device, args.repeats, *runs))
-        print(f"{name} step: full reward {full:.3f} s, ticket {ticket:.3f} s")
-        ratios[f"ticket_step_{name}_vs_prt"] = ticket / full
+        print(f"{part} {name} step: full reward {full:.3f} s, ticket {ticket:.3f} s")
+        ratios[f"{part}_step_ticket_vs_prt"] = ticket / full
     return ratios
 
 

@@ -397,6 +397,11 @@ def test_each_stage_is_a_run_on_the_models_of_earlier_ones(launch, tmp_path, cap
     assert capsys.readouterr().out == f"\npython eval.py --run {tmp_path}/out\n"
 
 
+def test_only_the_reward_starts_from_random_weights(launch):
+    """Catches: With --reward-init, the fine-tuned models of a run without arguments start from elsewhere."""
+    assert [args.reward_init for args in launch(reward_init="random")] == [None, None, "random"]
+
+
 @pytest.mark.parametrize("method, lr", [("prt", 0.1), ("ft", 0.1), ("pretrain", 0.2)])
 def test_a_run_alone_has_the_recipe_of_its_method(launch, tmp_path, method, lr):
     args, = launch(method=method, out=str(tmp_path / "x.pt"))

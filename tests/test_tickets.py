@@ -11,15 +11,17 @@ import pytest
 import tickets as measure
 import torch
 import torch.nn.functional as F
-from conftest import EVAL, NEW, OLD, TRAIN, call, call_main, interrupt, one_line, two_processes
+from conftest import EVAL, FIXTURES, NEW, OLD, TRAIN, call, call_main, interrupt, one_line, two_processes
 from PIL import Image
 from torch.nn.utils import parametrize
 
 import prt
+import train_lm
 import train_vision
 from data import files
 from models import runs, tickets, weights
 from models.clip import Classifier
+from models.gpt import GPT
 
 TUNE_LM = ("--base", OLD, "--data", "sums.jsonl", "--steps", "2", "--batch", "8", "--accum", "1",
            "--warmup", "0")
@@ -27,9 +29,9 @@ SETTINGS = dict(kind="random", keep=0.3, freeze=0.4, seed=5)
 
 
 def ticket(n=1000, seed=0, **settings):
-    """Returns a Ticket of n random weights."""
+    """Returns a MaskedWeight of n random weights."""
     generator = torch.Generator().manual_seed(seed)
-    return tickets.Ticket(torch.randn(n, generator=generator), SETTINGS | settings, generator)
+    return tickets.MaskedWeight(torch.randn(n, generator=generator), SETTINGS | settings, generator)
 
 
 # Masks
@@ -48,16 +50,16 @@ def test_the_mask_keeps_exactly_the_stated_share(keep, freeze):
 @pytest.mark.parametrize("scores", [torch.zeros(100), torch.tensor([1.0, 0.0]).repeat(50)])
 def test_the_mask_keeps_exactly_its_share_of_equal_scores(scores):
     """Catches: All scores that equal the threshold are kept, as with >=."""
-    mask = tickets.Mask.apply(scores, 30)
+    mask = tickets.TopK.apply(scores, 30)
     assert mask.sum() == 30
-    assert mask.equal(tickets.Mask.apply(scores, 30))
+    assert mask.equal(tickets.TopK.apply(scores, 30))
     first = scores.argsort(descending=True, stable=True)[:30]
     assert mask[first].all()
 
 
 def test_the_mask_is_that_of_the_highest_scores():
     scores = torch.randn(500)
-    mask = tickets.Mask.apply(scores, 123)
+    mask = tickets.TopK.apply(scores, 123)
     assert mask.sum() == 123 and scores[mask == 1].min() > scores[mask == 0].max()
 
 
@@ -73,7 +75,7 @@ def test_the_gradient_of_the_scores_is_the_straight_through_formula():
     torch.manual_seed(0)
     layer, x, y = torch.nn.Linear(6, 4, bias=False), torch.randn(9, 6), torch.randn(9, 4)
     w = layer.weight.detach().clone()
-    part = tickets.Ticket(w, dict(kind="base", keep=0.5, freeze=0.25), torch.Generator().manual_seed(0))
+    part = tickets.MaskedWeight(w, dict(kind="base", keep=0.5, freeze=0.25), torch.Generator().manual_seed(0))
     parametrize.register_parametrization(layer, "weight", part, unsafe=True)
     scores = layer.parametrizations.weight.original
     (layer(x) - y).square().sum().backward()
@@ -122,6 +124,14 @@ def test_random_weights_have_one_magnitude_and_both_signs():
     assert (conv > 0).float().mean() == pytest.approx(0.5, abs=0.02)
     assert model.visual.ln_post.weight.eq(1).all() and model.visual.ln_post.bias.eq(0).all()
     assert model.head.norm(dim=-1).tolist() == pytest.approx([1 / 0.07] * 5)
+
+
+def test_tied_embeddings_give_logits_that_are_not_loud():
+    """Catches: An embedding of +-1 is the output matrix, so that training starts from certainty."""
+    model = GPT(train_lm.OLD | dict(vocab=100, end=99, tied=True))
+    tickets.randomize(model, 0.5, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert 0.5 < model(torch.arange(20)[None]).std() < 2
 
 
 # Files
@@ -183,6 +193,25 @@ def test_a_saved_and_loaded_text_ticket_gives_the_same_logits(in_texts, trained,
         assert loaded(ids).equal(policy(ids))
 
 
+@pytest.mark.parametrize("kind", ["random", "base"])
+@pytest.mark.parametrize("fixture", ["openclip_rn", "openclip_convnext"])
+def test_a_convolutional_ticket_gives_the_same_logits(paths, trained, tmp_path, kind, fixture):
+    """Catches: A random ticket of a ResNet keeps the base's BatchNorm statistics, which its file lacks."""
+    clip, base = weights.load(FIXTURES / fixture, "base"), tmp_path / "base.pt"
+    for name, x in clip.state_dict().items():
+        if "running" in name:
+            x.uniform_(0.5, 1.5)
+    state = dict(clip.info, arch=clip.arch | dict(vocab=49408), model=clip.state_dict())
+    state["model"]["token_embedding.weight"] = torch.randn(49408, clip.arch["text_width"])  # for real prompts
+    files.save(base, state)
+    command = TRAIN.format(**paths | dict(old=base)).split()
+    assert call(*command, "--ticket", kind) == 0
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    loaded, (policy,) = weights.load(paths["out"] / "x.pt", "prt"), trained
+    # Convolutions of the same numbers at another place in memory may differ by rounding.
+    assert torch.allclose(runs.predict(loaded, images), runs.predict(policy, images), atol=1e-5)
+
+
 def test_pack_and_unpack_are_inverse(in_texts, trained, tmp_path):
     """The bits of each matrix are those of its scores, in the order of the names."""
     path = text_ticket(tmp_path, "--ticket", "base")
@@ -191,7 +220,7 @@ def test_pack_and_unpack_are_inverse(in_texts, trained, tmp_path):
     for name in sorted(name for name, p in old.named_parameters() if p.ndim > 1 and "embed" not in name):
         module, _, parameter = name.rpartition(".")
         part = policy.get_submodule(module).parametrizations[parameter]
-        mask = tickets.Mask.apply(part.original.detach(), part[0].k)
+        mask = tickets.TopK.apply(part.original.detach(), part[0].k)
         assert torch.from_numpy(bits[at:at + len(mask)]).float().equal(mask)
         w = old.get_parameter(name)
         assert loaded.get_parameter(name).equal(w * mask.view_as(w))
@@ -330,6 +359,19 @@ def agreement(a, b):
     return (bits[0] == bits[1]).mean()
 
 
+def test_a_ticket_does_not_resume_over_other_weights(paths, tmp_path, monkeypatch, capfd):
+    old = tmp_path / "old.pt"
+    old.write_bytes(paths["old"].read_bytes())
+    command = [*TRAIN.format(**paths | dict(old=old)).split(), "--ticket", "base"]
+    with monkeypatch.context() as patch:
+        interrupt(patch)
+        with pytest.raises(KeyboardInterrupt):
+            call(*command)
+    old.write_bytes(paths["new"].read_bytes())
+    capfd.readouterr()
+    one_line(call(*command, "--resume"), capfd.readouterr().err, "--resume", "x.pt", "other weights")
+
+
 @pytest.mark.parametrize("script", ["train_vision", "train_lm"])
 def test_two_processes_train_the_ticket_of_one_and_one_resumes_it(paths, in_texts, tmp_path, script):
     """Catches: With sharded scores, each process keeps the highest scores of its own shard."""
@@ -369,6 +411,7 @@ def test_under_bfloat16_autocast_the_scores_stay_float32_and_get_gradients():
     (["--freeze", 0.5], ["--keep and --freeze", "--ticket"]),
     (["--ticket", "base", "--reward-init", "random"], ["--reward-init"]),
     (["--ticket", "base", "--method", "pretrain"], ["--ticket", "pretrain"]),
+    (["--reward-init", "random", "--method", "ft"], ["--reward-init", "ft"]),
     (["--ticket", "base", "--keep", 1], ["--keep", "below 1"]),
     (["--ticket", "golden"], ["--ticket", "golden"]),
 ])

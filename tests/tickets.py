@@ -27,17 +27,19 @@ import train_vision
 from data import files, images
 from models import runs, tickets, weights
 
-IMAGES, TEXT = "--batch 128 --steps 900", "--batch 64 --accum 1 --steps 900"
+TEXT = "--batch 64 --accum 1 --steps 900"
 # Data set -> name of a reward -> flags of the training script, whose --base is the source base.
 REWARDS = dict(
-    shapes=dict(random_init=f"{IMAGES} --lr 1e-3 --reward-init random",
-                ticket_base=f"{IMAGES} --ticket base --freeze 0.6",
-                ticket_random=f"{IMAGES} --ticket random"),
+    shapes=dict(reward_900="--batch 128 --steps 900 --lr 3e-3",
+                random_init="--batch 128 --steps 900 --lr 3e-3 --reward-init random",
+                ticket_base="--batch 128 --steps 900 --ticket base --freeze 0.6",
+                ticket_random="--batch 128 --steps 1800 --ticket random"),
     arithmetic=dict(random_init=f"{TEXT} --lr 3e-3 --reward-init random",
+                    random_init_decay=f"{TEXT} --lr 3e-3 --weight-decay 1 --reward-init random",
                     ticket_base=f"{TEXT} --ticket base --freeze 0.1",
                     ticket_random=f"{TEXT} --ticket random --freeze 0.1"))
 SCRIPTS = dict(shapes="train_vision.py", arithmetic="train_lm.py")
-FREEZE, KEEP = (0.3, 0.5, 0.7, 0.9), (0.1, 0.3, 0.5, 0.7)
+FREEZE, KEEP = (0.3, 0.5, 0.7, 0.9), (0.1, 0.3, 0.7)
 COLORS = ("black", "#cc3311", "#0077bb", "#009988")  # of the lines in the picture
 
 
@@ -65,7 +67,7 @@ def classify(seed, steps, folder, keep=None, freeze=0.0):
     if keep:
         info["ticket"] = tickets.convert(policy, dict(kind="random", keep=keep, freeze=freeze, seed=seed))
     group = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(group, lr=1e-2 if keep else 1e-3, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(group, lr=1e-2 if keep else 3e-3, weight_decay=0.0, fused=True)
     prt.fit(policy, lambda step: runs.shuffled(step, len(train.labels), 128, seed),
             lambda i, generator: ((train.images[i],), train.labels[i], None), steps=steps,
             warmup=steps // 4, optimizer=optimizer, seed=seed, log_every=steps, name=f"{keep} {freeze}")
@@ -85,15 +87,14 @@ def classification(args):
         print(f"{name:40} {statistics.mean(sizes):9,.0f} bytes  {spread(scores)}", flush=True)
         return statistics.mean(sizes), statistics.mean(scores)
 
-    trained = mean("trained weights, float32")
-    lines = {"trained": [trained, (trained[0] / 2, trained[1])]}
+    lines = {"trained weights": [mean("trained weights, float32")]}
     whole = mean("ticket, keep 0.5", keep=0.5)
     lines["frozen (keep 0.5)"] = [whole, *(mean(f"ticket, keep 0.5, freeze {f}", keep=0.5, freeze=f)
                                            for f in FREEZE)]
     with mock.patch.object(tickets, "counts", randomly_pruned):
         lines["randomly pruned"] = [whole, *(mean(f"randomly pruned {f}, keep 0.5", keep=0.5, freeze=f)
                                              for f in FREEZE)]
-    lines["density 0.1 to 0.7"] = [mean(f"ticket, keep {k}", keep=k) for k in KEEP]
+    lines["other densities"] = [mean(f"ticket, keep {k}", keep=k) for k in KEEP]
     if args.picture:
         lines = [(name, color, points, None) for (name, points), color in zip(lines.items(), COLORS)]
         figures.save(figures.chart(lines, range(3, 7)), args.picture)
