@@ -30,8 +30,8 @@ from models import runs, tickets, weights
 TEXT = "--batch 64 --accum 1 --steps 900"
 # Data set -> name of a reward -> flags of the training script, whose --base is the source base.
 REWARDS = dict(
-    shapes=dict(reward_900="--batch 128 --steps 900 --lr 3e-3",
-                random_init="--batch 128 --steps 900 --lr 3e-3 --reward-init random",
+    shapes=dict(reward_1800="--batch 128 --steps 1800 --lr 3e-3",
+                random_init="--batch 128 --steps 1800 --lr 3e-3 --reward-init random",
                 ticket_base="--batch 128 --steps 900 --ticket base --freeze 0.6",
                 ticket_random="--batch 128 --steps 1800 --ticket random"),
     arithmetic=dict(random_init=f"{TEXT} --lr 3e-3 --reward-init random",
