@@ -6,8 +6,7 @@ weight. The weights are those of the source base (kind "base"), or come from a s
 
 Otsuka et al. (TMLR 2025, arXiv 2402.14029) freeze the mask of a random fraction `freeze` of weights before
 training: of these, the fraction `keep` is locked (m = 1), the rest pruned (m = 0). Only the other weights are
-searched: they have scores, and bits in the file. Masked are matrices and convolutions. Embeddings, norms, and
-biases are the base's, or with random weights random signs, ones, and zeros.
+searched: they have scores, and bits in the file. Embeddings, norms, and biases have no mask, and are fixed.
 """
 import hashlib
 
@@ -19,7 +18,7 @@ from models.clip import Classifier
 
 
 class TopK(torch.autograd.Function):
-    """The mask of the k highest scores, with a straight-through gradient.
+    """The mask [S] of the k highest of scores [S], 1 <= k <= S, with a straight-through gradient.
 
     forward: m_i = 1 if s_i is one of the k highest scores (of equal ones, the first), else 0.
     backward: dL/ds_i = dL/dm_i, as if m were s. As the weight is m_i w_i, this is w_i dL/d(m_i w_i).
@@ -27,10 +26,10 @@ class TopK(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scores, k):
-        """Maps scores [S] to a mask [S] of zeros and ones; 1 <= k <= S."""
         threshold = scores.kthvalue(len(scores) - k + 1).values
         above, equal = scores > threshold, scores == threshold
-        return (above | (equal & (equal.cumsum(0) <= k - above.sum()))).to(scores.dtype)
+        first = equal.cumsum(0, dtype=torch.int32) <= k - above.count_nonzero()
+        return (above | (equal & first)).to(scores.dtype)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -42,21 +41,24 @@ class MaskedWeight(nn.Module):
 
     def __init__(self, weight, settings, generator):
         super().__init__()
-        n, device = weight.numel(), weight.device
-        locked, searched, self.k = counts(n, settings)
-        order = torch.randperm(n, generator=generator).to(device)
-        mask = torch.zeros(n, device=device).index_fill(0, order[:locked], 1.0)
+        n = weight.numel()
+        locked, self.size, self.k = counts(n, settings)
+        order = torch.randperm(n, generator=generator).to(weight.device)
+        mask = torch.zeros_like(order, dtype=weight.dtype).index_fill(0, order[:locked], 1.0)
+        searched = order[n - self.size:].sort().values if self.size < n else None
         self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("locked", mask, persistent=False)
-        self.register_buffer("searched", order[n - searched:].sort().values, persistent=False)
+        self.register_buffer("locked", mask if self.size < n else None, persistent=False)
+        self.register_buffer("searched", searched, persistent=False)
 
     def forward(self, scores):
-        mask = self.locked.index_copy(0, self.searched, TopK.apply(scores, self.k))
+        mask = TopK.apply(scores, self.k)
+        if self.searched is not None:
+            mask = self.locked.index_copy(0, self.searched, mask)
         return mask.view_as(self.weight) * self.weight
 
     def right_inverse(self, weight):
         """Returns the first scores [S]: magnitudes times noise, since those of random weights are equal."""
-        magnitudes = weight.abs().flatten()[self.searched]
+        magnitudes = weight.abs().flatten()[slice(None) if self.searched is None else self.searched]
         return magnitudes * torch.rand_like(magnitudes)
 
 
@@ -77,7 +79,6 @@ def randomize(model, keep, generator):
     """Replaces matrices by signed Kaiming constants, +-(2 / (keep * inputs))^0.5, a head by random signs."""
     def signs(shape):
         return torch.randint(2, shape, generator=generator) * 2.0 - 1
-
     tied = model.arch.get("tied")  # the embedding is the output matrix, too
     for name, p in model.named_parameters():
         if is_masked(name, p):  # [outputs, inputs, ...]; CLIP's proj is transposed, but its scale cancels out
@@ -99,7 +100,7 @@ def masked_weights(model, settings):
               for name, p in sorted(model.named_parameters()) if is_masked(name, p)}
     fixed = [x for name, x in model.state_dict().items() if name != "head"]  # whose rounding may differ
     checksum = hashlib.sha256()
-    for x in (*fixed, *(part.locked for part in masked.values())):
+    for x in (*fixed, *(part.locked for part in masked.values() if part.searched is not None)):
         checksum.update(x.cpu().contiguous().numpy())
     return masked, checksum.hexdigest()
 

@@ -131,7 +131,7 @@ def ticket_model(info, dtype, ref):
     masked, checksum = tickets.masked_weights(model, ticket)
     if checksum != ticket["checksum"]:
         raise ValueError(f"its masks are for other weights than those it gets here: {cause}")
-    tensors, sizes = model.state_dict(), [len(part.searched) for part in masked.values()]
+    tensors, sizes = model.state_dict(), [part.size for part in masked.values()]
     bits = np.unpackbits(ticket["masks"].numpy())[:sum(sizes)]
     for (name, part), mask in zip(masked.items(), torch.from_numpy(bits).float().split(sizes)):
         tensors[name] = part(mask)  # the highest "scores" of a mask are its ones

@@ -361,6 +361,16 @@ def test_the_readme_sorts_cub_into_a_folder_that_data_takes(code, tmp_path, monk
         assert data.images[:, 1, 0, 0].tolist() == greens
 
 
+def test_the_readme_names_every_file_with_its_length():
+    """Catches: A file is longer than the page says, or missing in its reading order."""
+    page = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| ([\d, ]+) \| (.*?) \|", page, re.MULTILINE)
+    lengths = [int(n) for counts, _ in rows for n in counts.split(",")]
+    names = [name for _, links in rows for name in re.findall(r"\]\((\S+\.py)\)", links)]
+    assert dict(zip(names, lengths, strict=True)) == {
+        name: source.count("\n") for name, source in SOURCES.items() if source}
+
+
 def test_each_python_block_of_a_readme_is_run_by_one_test():
     """Catches: A new block that no test runs, or a test that is skipped since its block is gone."""
     tested = {word: [code for code in BLOCKS if word in code] for word in WORDS}
