@@ -18,7 +18,7 @@ from models.clip import Classifier
 
 
 class TopK(torch.autograd.Function):
-    """The mask [S] of the k highest of scores [S], 1 <= k <= S, with a straight-through gradient.
+    """The mask [S] of the k highest of scores [S], with a straight-through gradient.
 
     forward: m_i = 1 if s_i is one of the k highest scores (of equal ones, the first), else 0.
     backward: dL/ds_i = dL/dm_i, as if m were s. As the weight is m_i w_i, this is w_i dL/d(m_i w_i).
@@ -26,6 +26,7 @@ class TopK(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scores, k):
+        """Returns the mask; 1 <= k <= S."""
         threshold = scores.kthvalue(len(scores) - k + 1).values
         above, equal = scores > threshold, scores == threshold
         first = equal.cumsum(0, dtype=torch.int32) <= k - above.count_nonzero()
@@ -45,12 +46,14 @@ class MaskedWeight(nn.Module):
         locked, self.size, self.k = counts(n, settings)
         order = torch.randperm(n, generator=generator).to(weight.device)
         mask = torch.zeros_like(order, dtype=weight.dtype).index_fill(0, order[:locked], 1.0)
-        searched = order[n - self.size:].sort().values if self.size < n else None
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("locked", mask if self.size < n else None, persistent=False)
-        self.register_buffer("searched", searched, persistent=False)
+        buffers = dict(weight=weight, locked=mask, searched=order[n - self.size:].sort().values)
+        if self.size == n:  # nothing is frozen, and nothing needs an index
+            buffers |= dict(locked=None, searched=None)
+        for name, x in buffers.items():
+            self.register_buffer(name, x, persistent=False)
 
     def forward(self, scores):
+        """Returns m * w, in the shape of w."""
         mask = TopK.apply(scores, self.k)
         if self.searched is not None:
             mask = self.locked.index_copy(0, self.searched, mask)
@@ -106,10 +109,7 @@ def masked_weights(model, settings):
 
 
 def convert(model, settings):
-    """Turns a GPT or Classifier into a ticket, in place; returns the settings with their checksum.
-
-    settings: kind, keep, freeze, seed. The scores are the model's only parameters that require a gradient.
-    """
+    """Turns a GPT or Classifier into a ticket, which trains scores only; returns settings with a checksum."""
     masked, checksum = masked_weights(model, settings)
     model.requires_grad_(False)
     for name, part in masked.items():

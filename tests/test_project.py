@@ -65,11 +65,11 @@ def test_the_path_from_data_to_a_reward_is_below_1000_lines_and_prt_below_300():
     assert lines["prt.py"] < 300
 
 
-def test_the_project_is_below_2620_lines_of_code():
+def test_the_project_is_below_2640_lines_of_code():
     """It was below 2,200 before CLIP's ConvNeXt, Llama 2's tokenizer, --beta auto, --tasks, and tickets."""
     lines = {name: len(code_lines(TREES[name], source)) for name, source in SOURCES.items()}
     print(f"\n{sum(lines.values())} lines of code: {lines}")
-    assert sum(lines.values()) < 2620
+    assert sum(lines.values()) < 2640
 
 
 def test_there_is_no_python_outside_the_files_that_are_counted():
