@@ -132,8 +132,8 @@ def main():
     models = load_models(args, device)
     if models.rewards[0].info["kind"] == "gpt":
         language(args, device, models)
-    elif args.tasks:
-        raise ValueError(f"--tasks: {args.reward[0]} is a reward for images; lm_eval's tasks are for text")
+    elif args.tasks or args.prompt:
+        raise ValueError(f"--tasks and --prompt are for text, but {args.reward[0]} is a reward for images")
     else:
         image_table(args, device, models)
 
@@ -165,7 +165,7 @@ def load_models(args, device):
     except OSError as error:
         if ref_is_needed:
             raise
-        print(f"the rows of the source base are left out: {error}")
+        print(f"the rows of the source base are left out; --ref names it: {error}")
         ref = None
     return Models(rewards, base, ref, tuned, oracle)
 

@@ -54,7 +54,8 @@ def load(source, split):
         raise ValueError(f"--data {source}: unknown. Use arithmetic, gsm8k, a .jsonl, .parquet, or .txt file,"
                          " or a folder with train.* and test.*")
     elif split == "test":
-        raise FileNotFoundError(f"--data {source}: no test split; use a folder with train.* and test.*")
+        raise FileNotFoundError(f"--data {source}: no test split; use a folder with train.* and "
+                                f"test.*, or, to score on this file itself, eval.py --data {source}")
     if path.suffix == ".txt":
         with files.explain(path, UnicodeDecodeError):
             return "{}", [(str(path), [(read(path).decode("utf-8-sig"), True)])]

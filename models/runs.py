@@ -325,7 +325,7 @@ def launch(args, data, tuning, pretraining, stages, train):
         if not checkpoint or "optimizer" in checkpoint:
             run.resume = bool(checkpoint)
             start(run)
-        elif checkpoint.get("args") == settings(run):
+        elif dict.fromkeys(settings(run)) | checkpoint.get("args", {}) == settings(run):  # older: fewer flags
             print(f"{run.out} is finished and is not trained again")
         else:
             raise ValueError(f"{run.out} was made with other arguments; choose another --out")

@@ -124,7 +124,7 @@ def ticket_model(info, dtype, ref):
     with torch.device("meta"):
         check_ticket(ticket, network(kind, arch, head))
     if ticket["kind"] == "random":
-        model, cause = network(kind, arch, head), "another version of torch has other random numbers"
+        model, cause = network(kind, arch, head), "another version of torch, or of this code, made the file"
     else:
         ref = ref or info["source"]
         model, cause = source_of(info, ref), f"{ref} is not the base that it was trained on; --ref names that"

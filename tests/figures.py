@@ -74,7 +74,8 @@ def draw_bytes(table, path):
             name = re.sub(r"^base \+ |^base | \(PRT\)|\S*/|\.pt", "", row["method"])
             models = 1 if row["method"] in ("base alone", "base fine-tuned") else 3 if name == "EFT" else 2
             points.append((row["bytes"], row["top1"]))
-            labels.append(f"{NAMES.get(name, name)}\n{row['top1']:.1%}, {models} run")
+            count = f"{models} models" if models > 1 else "1 model"
+            labels.append(f"{NAMES.get(name, name)}\n{row['top1']:.1%}, {count}")
     save(chart([("", BLUE, points, labels)], range(3, 8)), path)
 
 

@@ -416,6 +416,16 @@ def test_a_finished_stage_is_kept_and_an_unfinished_one_resumed(launch, tmp_path
     assert all(f"{tmp_path}/out/{name}.pt is finished" in printed for name in ("old", "reward"))
 
 
+def test_a_stage_from_before_a_flag_existed_is_kept(launch, tmp_path):
+    """Catches: Each new flag makes all finished runs useless."""
+    launch()
+    for path in (tmp_path / "out").iterdir():
+        checkpoint = read(path)
+        del checkpoint["args"]["ticket"]
+        files.save(path, checkpoint)
+    assert launch() == []
+
+
 def test_a_stage_of_other_arguments_is_refused(launch, tmp_path):
     launch()
     before = contents(tmp_path)
