@@ -223,6 +223,8 @@ def open_member(path, member):
 
 def folder(root, split):
     """Reads root/SPLIT/CLASS/*.jpg, and zeroshot_classification_templates.txt in root if it exists."""
+    if not (root / split).is_dir():
+        raise FileNotFoundError(f"{root}: no folder {split}; it needs train/CLASS/*.jpg and test/CLASS/*.jpg")
     names = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
     if unknown := sorted({p.name for p in (root / split).iterdir() if p.is_dir()} - set(names)):
         raise ValueError(f"{root / split}: {unknown[0]!r} is not a class of {root / 'train'}")

@@ -705,7 +705,7 @@ FOLDERS = {
     "empty class": (BOTH | dict(blue={}), BOTH, "train", "blue"),
     "class that test lacks": (BOTH, dict(red={"a.png": RED}), "test", "blue"),
     "class that train lacks": (dict(red={"a.png": RED}), BOTH, "test", "blue"),
-    "no test split": (BOTH, {}, "test", "data/test"),
+    "no test split": (BOTH, {}, "test", "no folder test; it needs .* test/CLASS"),
     "damaged image": (dict(red={"a.png": RED[:60]}), {}, "train", "red/a.png"),
 }
 
