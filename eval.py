@@ -231,10 +231,15 @@ def tilted_row(method, base, terms, ref=None, beta=None):
     return Row(method, beta or terms[0][0], base, base, rewards, ref and (ref, rewards))
 
 
+def trained_models(args, models):
+    """Returns the (path, model) pairs of all models but the bases that are given."""
+    pairs = zip((*args.reward, args.tuned, args.oracle), (*models.rewards, models.tuned, models.oracle))
+    return [(path, model) for path, model in pairs if model]
+
+
 def file_bytes(args, models):
     """Returns model -> bytes of its file, for all but the bases; {} if all of them are of one kind."""
-    trained = zip((*args.reward, args.tuned, args.oracle), (*models.rewards, models.tuned, models.oracle))
-    sizes = {model: os.path.getsize(path) for path, model in trained if model}
+    sizes = {model: os.path.getsize(path) for path, model in trained_models(args, models)}
     kinds = {model.info.get("ticket", {}).get("kind") for model in sizes}
     return sizes if len(kinds) > 1 else {}
 
@@ -247,8 +252,7 @@ def image_table(args, device, models):
     name = args.data or info["data"]
     test = functools.cache(lambda size: images.load(name, "test", size))  # each model at its own resolution
     data = test(models.rewards[0].arch["image_size"])
-    trained = zip((*args.reward, args.tuned, args.oracle), (*models.rewards, models.tuned, models.oracle))
-    for path, classes in [(path, model.info["classes"]) for path, model in trained if model]:
+    for path, classes in [(path, model.info["classes"]) for path, model in trained_models(args, models)]:
         if classes != data.classes:
             differ = [f"{a!r} and {b!r}" for a, b in zip(classes, data.classes) if a != b] + ["the numbers"]
             raise ValueError(f"{path} has {len(classes)} classes, --data {name} {len(data.classes)}: they "

@@ -93,6 +93,7 @@ def setup(device=None):
 def shard(model, device):
     """Shards a model's weights over the processes with FSDP2, which gathers one block at a time."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # Of exactly this type: the parts of a ticket's ParametrizationList, a subclass, are no blocks.
     lists = [module for module in model.modules() if type(module) is torch.nn.ModuleList]
     for module in (*(block for blocks in lists for block in blocks), model):
         fully_shard(module, mesh=mesh)
@@ -183,8 +184,6 @@ def initialize(args, policy, info, state):
     info: entries of the checkpoint. state: the checkpoint to continue from, or None. Raises ValueError if its
     ticket was of other weights.
     """
-    if args.reward_init and args.ticket:
-        raise ValueError("--reward-init: a ticket's weights are those that --ticket names; leave it out")
     if "random" in (args.reward_init, args.ticket):
         torch.manual_seed(args.seed + 1)  # the base may have started from the weights of args.seed
         head = policy.head if info["kind"] == "classifier" else None
@@ -295,6 +294,8 @@ def launch(args, data, tuning, pretraining, stages, train):
         raise ValueError(f"--reward-init is for rewards, not for --method {args.method}")
     if args.method == "pretrain" and args.ticket:
         raise ValueError("--ticket is for rewards, not for --method pretrain")
+    if args.reward_init and args.ticket:
+        raise ValueError("--reward-init: a ticket's weights are those that --ticket names; leave it out")
     if args.ticket is None and (args.keep or args.freeze):
         raise ValueError("--keep and --freeze are for tickets: add --ticket random or --ticket base")
     device = setup(args.device)

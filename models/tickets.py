@@ -42,14 +42,13 @@ class MaskedWeight(nn.Module):
 
     def __init__(self, weight, settings, generator):
         super().__init__()
-        n = weight.numel()
+        n, mask, searched = weight.numel(), None, None
         locked, self.size, self.k = counts(n, settings)
-        order = torch.randperm(n, generator=generator).to(weight.device)
-        mask = torch.zeros_like(order, dtype=weight.dtype).index_fill(0, order[:locked], 1.0)
-        buffers = dict(weight=weight, locked=mask, searched=order[n - self.size:].sort().values)
-        if self.size == n:  # nothing is frozen, and nothing needs an index
-            buffers |= dict(locked=None, searched=None)
-        for name, x in buffers.items():
+        if settings["freeze"]:  # else nothing needs an index
+            order = torch.randperm(n, generator=generator).to(weight.device)
+            mask = torch.zeros_like(order, dtype=weight.dtype).index_fill(0, order[:locked], 1.0)
+            searched = order[n - self.size:].sort().values
+        for name, x in dict(weight=weight, locked=mask, searched=searched).items():
             self.register_buffer(name, x, persistent=False)
 
     def forward(self, scores):

@@ -55,10 +55,10 @@ def chart(lines, ticks, width=660, height=400, margin=50):
         if name:
             pen.line(places, color, 2)
             pen.text((margin + 10, margin + 18 * i), name, color, font)
-        for point, (x, y), label in zip(points, places, labels or [None] * len(places)):
+        for k, ((x, y), label) in enumerate(zip(places, labels or [None] * len(places))):
             pen.ellipse((x - 4, y - 4, x + 4, y + 4), color)
             if label:  # every other label above its point, since points may be close to each other
-                above = points.index(point) % 2 == 1
+                above = k % 2 == 1
                 x = max(x, margin + pen.textbbox((0, 0), label, font)[2] / 2 + 4)
                 pen.text((x, y - 9 if above else y + 9), label, color, font, "md" if above else "ma",
                          align="center")
