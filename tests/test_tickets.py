@@ -313,15 +313,16 @@ def test_a_damaged_ticket_is_refused_in_one_line(paths, capfd, changes, message)
     one_line(call(*EVAL.format(**paths | dict(reward=path)).split()), capfd.readouterr().err, path, message)
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:500], lambda data: data[:-4] + b"1234",
-                                    lambda data: gzip.compress(bytes(10**8))])
-def test_a_damaged_compressed_file_is_refused_in_one_line(paths, capfd, damage):
+@pytest.mark.parametrize("damage, words", [
+    (lambda data: data[:500], "ended"), (lambda data: data[:-4] + b"1234", "length"),
+    (lambda data: gzip.compress(bytes(10**8)), "expands to more than")])
+def test_a_damaged_compressed_file_is_refused_in_one_line(paths, capfd, damage, words):
     """Catches: A file of a few bytes that expands to gigabytes is expanded."""
     path = paths["out"] / "x.pt"
     assert call(*TRAIN.format(**paths).split(), "--ticket", "random") == 0
     path.write_bytes(damage(path.read_bytes()))
     capfd.readouterr()
-    one_line(call(*EVAL.format(**paths | dict(reward=path)).split()), capfd.readouterr().err, path)
+    one_line(call(*EVAL.format(**paths | dict(reward=path)).split()), capfd.readouterr().err, path, words)
 
 
 def test_another_random_number_generator_is_noticed(paths, capfd, monkeypatch):
