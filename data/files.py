@@ -1,31 +1,22 @@
-"""File input and output: atomic writes, downloads, the Hugging Face Hub, safetensors, and torch files.
+"""Reading and writing files: atomic writes, locks, torch files, safetensors, and JSON.
 
 Files from outside are data, not code: unpickling is limited to tensors and plain values.
 """
 import contextlib
 import fcntl
-import gzip
-import http.client
-import io
 import json
 import math
 import mmap
 import os
 import re
-import shutil
-import urllib.error
-import urllib.request
 import zipfile
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
-from tqdm import tqdm
 
 CACHE = Path(os.environ.get("PRT_CACHE", "~/.cache/prt")).expanduser()  # downloads and resized images
 # What reading a damaged or foreign file can raise.
 DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
               I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
 
@@ -53,6 +44,11 @@ def explain(prefix, *kinds):
         raise ValueError(f"{prefix}: {first_line(error):.400}") from None
 
 
+def first_line(error):
+    """Returns an error's first sentence, without the stack or the advice that may follow it."""
+    return re.split(r"\. (?=[A-Z])", (str(error).strip() or type(error).__name__).splitlines()[0])[0]
+
+
 @contextlib.contextmanager
 def lock():
     """Runs the with block in one process of this machine at a time, so that the first fills the cache."""
@@ -62,51 +58,34 @@ def lock():
         yield
 
 
-def save(path, tensors, compress=False):
+def save(path, tensors):
     """Writes a dict of tensors and plain values atomically. Raises OSError that names the file."""
     try:
         with atomic(path) as f:
-            if compress:
-                with gzip.GzipFile("", "wb", fileobj=f, mtime=0) as z:  # no name and time: the same bytes
-                    torch.save(tensors, z)
-            else:
-                torch.save(tensors, f)
-    except (OSError, RuntimeError) as error:  # torch's own writer hides the OSError of a full disk
+            torch.save(tensors, f)
+    except (OSError, RuntimeError) as error:  # torch's own writer turns what f.write raises into RuntimeError
         if isinstance(error.__context__, SystemExit):
             raise error.__context__ from None  # a signal ended the program
         raise OSError(f"{path}: could not be written; the disk may be full ({first_line(error)})") from error
 
 
 def read(path, lazy=False):
-    """Returns the dict in a .safetensors file, a file of torch.save or `save`, or a TorchScript archive.
+    """Returns the dict in a .safetensors file or a file of torch.save, read with weights_only=True.
 
-    Unpickles with weights_only=True. lazy: a file of torch.save is read on first use of its tensors, unless
-    it is compressed. Raises ValueError if the file is damaged.
+    lazy: a file of torch.save is read on first use of its tensors. Raises ValueError if the file is damaged.
     """
     # torch has no common class for what a damaged file can raise.
     with open(path, "rb") as f, explain(f"{path}: damaged, truncated, or not a checkpoint", Exception):
         if Path(path).suffix == ".safetensors":
             return read_safetensors(f)
         names = zipfile.ZipFile(f).namelist() if zipfile.is_zipfile(f) else []
-        if any(name.endswith("/constants.pkl") for name in names):  # OpenAI's own files
-            return torch.jit.load(path, map_location="cpu").state_dict()
-        f.seek(0)
-        compressed = f.read(2) == b"\x1f\x8b"  # as every gzip file begins
-        content = torch.load(decompress(f) if compressed else path, map_location="cpu", weights_only=True,
-                             mmap=lazy and not compressed)
+        if any(name.endswith("/constants.pkl") for name in names):
+            raise ValueError("a TorchScript archive, which would run its own code; take the same weights in "
+                             "OpenCLIP's layout, such as timm/vit_base_patch16_clip_224.openai")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
         if not isinstance(content, dict):
             raise TypeError(f"it holds a {type(content).__name__}, not a dict")
         return content
-
-
-def decompress(f):
-    """Returns a file in memory with the content of a gzip file. Raises ValueError if it is too large."""
-    f.seek(0)
-    limit = 2**20 + 200 * os.fstat(f.fileno()).st_size  # masks, with a share of ones above 0.0003
-    content = gzip.GzipFile(fileobj=f).read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"it expands to more than {limit} bytes")
-    return io.BytesIO(content)
 
 
 def read_safetensors(f):
@@ -131,72 +110,7 @@ def safetensors_entry(data, start, name, dtype, shape, data_offsets):
     return torch.frombuffer(data, dtype=DTYPES[dtype], count=count, offset=start + begin).reshape(shape)
 
 
-def endpoint():
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-
-
-def hub(repo, name, kind=""):
-    """Returns the path of a cached Hub file, downloaded if needed; kind: "" (models) or "datasets/"."""
-    return download(f"{endpoint()}/{kind}{repo}/resolve/main/{name}", CACHE / "hub" / (kind + repo) / name)
-
-
-def download(url, path):
-    """Downloads url to path unless that exists, checks its length, and returns path.
-
-    Raises OSError that says what to do, and FileNotFoundError for status 404.
-
-    A web page or damaged JSON, which a proxy may send with status 200, is refused and not kept. HF_TOKEN is
-    sent to the scheme, host, and port of the Hub only, also after redirects. (The function
-    torch.hub.download_url_to_file cannot send a header.)
-    """
-    if path.exists():
-        return path
-    request = urllib.request.Request(url, headers={"User-Agent": "portable-reward-tuning"})
-    token = os.environ.get("HF_TOKEN", "").strip()
-    if token and url.startswith(endpoint() + "/"):
-        if len(token.split()) > 1:  # http.client would quote it in its error
-            raise ValueError("HF_TOKEN holds a space or a line break")
-        request.add_header("Authorization", f"Bearer {token}")
-    try:
-        opener = urllib.request.build_opener(Redirect)
-        with opener.open(request, timeout=30) as response, atomic(path) as f:
-            total = int(response.headers.get("Content-Length") or 0)
-            with tqdm.wrapattr(response, "read", total, desc=path.name, disable=None) as stream:
-                shutil.copyfileobj(stream, f)
-            if total and f.tell() != total:
-                raise OSError(f"the connection ended after {f.tell()} of {total} bytes")
-            f.seek(0)
-            start = f.read(200).lstrip()
-            if start[:9].lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")):
-                raise OSError(f"the server sent a web page, {start[:60]}")
-            if path.suffix == ".json":
-                f.seek(0)
-                with explain("the server sent damaged JSON", ValueError, RecursionError):
-                    json.load(f)
-    except urllib.error.HTTPError as error:
-        if error.code == 404:
-            raise FileNotFoundError(f"{url}: no such file") from None
-        hint = ""
-        if error.code in (401, 403):
-            hint = f"; misspelled, or gated: accept the license at {url.split('/resolve/')[0]}, set HF_TOKEN"
-        raise OSError(f"{url}: HTTP {error.code}{hint}") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise OSError(f"{url}: download failed ({first_line(error)}); save the file as {path} by other means"
-                      ) from None
-    return path
-
-
-class Redirect(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, and drops HF_TOKEN if they lead to another scheme, host, or port."""
-
-    def redirect_request(self, request, *details):
-        """Returns the redirected request; urllib calls this method by its name."""
-        redirected = super().redirect_request(request, *details)
-        if urlsplit(redirected.full_url)[:2] != urlsplit(request.full_url)[:2]:
-            redirected.headers.pop("Authorization", None)
-        return redirected
-
-
-def first_line(error):
-    """Returns an error's first sentence, without the stack or the advice that may follow it."""
-    return re.split(r"\. (?=[A-Z])", (str(error).strip() or type(error).__name__).splitlines()[0])[0]
+def read_json(path):
+    """Returns the content of a JSON file. Raises ValueError that names it."""
+    with explain(f"{path}: not JSON", ValueError, RecursionError):
+        return json.loads(Path(path).read_text("utf-8"))

@@ -1,17 +1,18 @@
-"""CLIP (Radford et al. 2021), with parameters named as in OpenAI's and OpenCLIP's checkpoints.
+"""CLIP (Radford et al. 2021) with a ViT, and how it is read from OpenCLIP's and OpenAI's files.
 
-An architecture is a dict of plain values, which models/weights.py reads off a state dict: embed_dim,
-image_size, mean, std, quick_gelu; the text tower's text_width, text_layers, text_heads, context, vocab; a
-ViT's width, layers (an int), patch, heads; a ModifiedResNet's width, layers (four ints), heads; or a
-ConvNeXt's widths, layers (four ints each), mlp_head (whether its head is an MLP).
+Parameters have the names of these files. An architecture is a dict of plain values, which `architecture`
+reads off a state dict: embed_dim, image_size, mean, std, quick_gelu; the text tower's text_width,
+text_layers, text_heads, context, vocab; and a ViT's width, layers (an int), patch, heads. models/convnets.py
+has the convolutional image towers, whose `layers` are four ints.
 """
+import math
 from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.convnets import ConvNeXt, ModifiedResNet
+from data import files, hub
 
 
 class QuickGELU(nn.Module):
@@ -93,8 +94,11 @@ class VisionTransformer(nn.Module):
 
 
 def image_tower(arch):
-    convnet = ConvNeXt if "widths" in arch else ModifiedResNet
-    return convnet(arch) if isinstance(arch["layers"], list) else VisionTransformer(arch)
+    """Returns the image tower of an architecture, with random weights."""
+    if isinstance(arch["layers"], int):
+        return VisionTransformer(arch)
+    from models import convnets  # a room that may be missing
+    return convnets.image_tower(arch)
 
 
 def resize(images, size):
@@ -145,10 +149,6 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor([1 / 0.07]).log())
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
-    def encode_image(self, images):
-        """Maps normalized images [B, 3, S, S] to features [B, E], before their L2 normalization."""
-        return self.visual(images)
-
     def encode_text(self, tokens):
         """Maps token ids [B, T], T <= context, to features [B, E], before their L2 normalization.
 
@@ -169,7 +169,7 @@ class CLIP(nn.Module):
         the targets 0 to B-1, repeated for both halves, is CLIP's contrastive loss.
         """
         text = F.normalize(self.encode_text(tokens).float(), dim=-1) * self.logit_scale.exp().clamp(max=100)
-        logits = cosine(self.encode_image(self.preprocess(images)), text)
+        logits = cosine(self.visual(self.preprocess(images)), text)
         return torch.cat([logits, logits.T])
 
 
@@ -200,3 +200,101 @@ def classifier(clip, prompts):
     head = torch.stack([text.mean(0) for text in texts])  # [L, E]
     head = F.normalize(head, dim=-1) * clip.logit_scale.exp()
     return Classifier(clip.arch, clip.visual, head).to(device).eval()
+
+
+def network(info, arch, head=None):
+    """Returns a CLIP or, for the kind "classifier", an image tower with a head [L, E]; random weights."""
+    return Classifier(arch, image_tower(arch), head) if info["kind"] == "classifier" else CLIP(arch)
+
+
+# Public files
+
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # of OpenAI's pixels
+# Keys of open_clip_config.json that are read here, and those that matter in pretraining only.
+KNOWN = ("embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "image_size", "patch_size", "width", "layers",
+         "heads", "head_width", "context_length", "vocab_size",
+         "timm_drop", "timm_drop_path", "timm_model_pretrained")
+# Keys that choose a variant -> the values that models/convnets.py supports.
+VARIANTS = dict(timm_pool=("avg",), timm_proj=("linear", "mlp"), timm_model_name=(
+    "convnext_tiny", "convnext_small", "convnext_base", "convnext_large", "convnext_xlarge"))
+
+
+def read_folder(name):
+    """Returns the architecture and tensors of a CLIP in OpenCLIP's layout; name: a folder or Hub id."""
+    config = files.read_json(hub.find(name, "open_clip_config.json"))
+    file = hub.find(name, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    return from_state_dict(files.read(file), config)
+
+
+def from_state_dict(content, config=None):
+    """Returns the architecture and tensors of a state dict, bare or as OpenCLIP's training saves it.
+
+    config: that of open_clip_config.json. Without it, a printed line says what was assumed.
+    """
+    tensors = {k.removeprefix("module."): v for k, v in content.get("state_dict", content).items()}
+    arch = architecture(tensors, config or {})
+    if config is None and not arch["quick_gelu"]:
+        size = f", {arch['image_size']} pixels" if "widths" in arch else ""  # of others, the shapes tell it
+        print(f"a bare state dict without a configuration: taking GELU, CLIP's pixel mean{size}")
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        tensors.pop(name, None)
+    tensors["logit_scale"] = tensors["logit_scale"].reshape(1)  # FSDP shards no scalars
+    return arch, tensors
+
+
+def architecture(tensors, config):
+    """Returns the architecture, read off the shapes of a CLIP's tensors.
+
+    config: that of open_clip_config.json, or {}. It adds what shapes do not tell: head widths, activation,
+    mean, std, and a ConvNeXt's image size.
+    """
+    model, preprocess = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
+    vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+    if unknown := [f"{k} {v!r:.50}" for part in (model, vision, text) for k, v in part.items()
+                   if k not in KNOWN and v and v not in VARIANTS.get(k, ())]:
+        raise ValueError(f"open_clip_config.json sets {', '.join(unknown)}, which is not supported")
+    vocab, text_width = shape(tensors, "token_embedding.weight", 2)
+    openai = "input_resolution" in tensors  # a key of OpenAI's own files only
+    arch = dict(embed_dim=shape(tensors, "text_projection", 2)[1], quick_gelu=model.get("quick_gelu", openai),
+                mean=preprocess.get("mean", MEAN), std=preprocess.get("std", STD),
+                text_width=text_width, text_layers=count(tensors, "transformer.resblocks."),
+                text_heads=heads(text_width, text.get("heads", text_width / 64)),
+                context=len(tensors["positional_embedding"]), vocab=vocab)
+    if "visual.class_embedding" not in tensors:
+        from models import convnets  # a room that may be missing
+        return arch | convnets.architecture(tensors, vision)
+    width, _, _, patch = shape(tensors, "visual.conv1.weight", 4)
+    grid = math.isqrt(len(tensors["visual.positional_embedding"]) - 1)
+    return arch | dict(width=width, layers=count(tensors, "visual.transformer.resblocks."), patch=patch,
+                       heads=heads(width, width / vision.get("head_width", 64)), image_size=grid * patch)
+
+
+def count(tensors, prefix):
+    """Returns how many numbered parts the names with this prefix have."""
+    return len({name[len(prefix):].split(".")[0] for name in tensors if name.startswith(prefix)})
+
+
+def heads(width, number):
+    if number < 1 or width % number or number % 1:
+        raise ValueError(f"a width of {width} does not split into {number:g} heads")
+    return int(number)
+
+
+def shape(tensors, name, dimensions):
+    if tensors[name].ndim != dimensions:
+        raise ValueError(f"{name} has shape {list(tensors[name].shape)}")
+    return tensors[name].shape
+
+
+def check(arch, tensors):
+    """Raises ValueError if arch has more layers than there are tensors, or wrong types or image sizes."""
+    layers = arch["layers"] if isinstance(arch["layers"], list) else [arch["layers"]]
+    sizes = arch | dict(layers=max(layers), heads=arch.get("heads", 1))  # a ConvNeXt has no heads
+    for key in ("image_size", "layers", "heads", "text_layers", "text_heads", "context", "vocab"):
+        if type(sizes[key]) is not int or sizes[key] < 1:  # a bool is an int, too
+            raise ValueError(f"{key} is {sizes[key]!r:.50}, not a positive integer")
+    if "widths" in arch and not 32 <= arch["image_size"] <= 1024:  # the shapes do not tell it
+        raise ValueError(f"image_size is {arch['image_size']}; a ConvNeXt takes 32 to 1024 pixels here")
+    torch.tensor([arch["mean"], arch["std"]]).view(2, 3)  # raises unless these are three numbers each
+    if max(*layers, arch["text_layers"]) > len(tensors):
+        raise ValueError(f"{layers} layers in {len(tensors)} tensors")

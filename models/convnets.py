@@ -1,9 +1,40 @@
-"""CLIP's convolutional image towers, with parameters named as in OpenAI's and OpenCLIP's checkpoints."""
+"""CLIP's convolutional image towers, with parameters named as in OpenAI's and OpenCLIP's checkpoints.
+
+Beside the keys of models/clip.py, an architecture has a ModifiedResNet's width, layers (four ints), heads; or
+a ConvNeXt's widths, layers (four ints each), mlp_head (whether its head is an MLP).
+"""
+import math
 from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from models.clip import count, heads, shape
+
+
+def image_tower(arch):
+    return ConvNeXt(arch) if "widths" in arch else ModifiedResNet(arch)
+
+
+def architecture(tensors, vision):
+    """Returns the image tower's part of an architecture, read off the shapes of a CLIP's tensors.
+
+    vision: vision_cfg of open_clip_config.json, or {}.
+    """
+    if count(tensors, "visual.trunk."):  # ConvNeXt, whose shapes do not tell the image size
+        stages = [f"visual.trunk.stages.{i}.blocks." for i in range(4)]
+        layers = [count(tensors, stage) for stage in stages]
+        if layers == [3, 4, 30, 3]:
+            raise ValueError("convnext_xxlarge is not supported: its LayerNorms have another epsilon")
+        widths = [shape(tensors, f"{stage}0.gamma", 1)[0] for stage in stages]
+        return dict(widths=widths, layers=layers, mlp_head="visual.head.mlp.fc1.weight" in tensors,
+                    image_size=vision.get("image_size", 256))
+    width = shape(tensors, "visual.conv1.weight", 4)[0]
+    tokens, features = tensors["visual.attnpool.positional_embedding"].shape
+    return dict(width=2 * width, layers=[count(tensors, f"visual.layer{i}.") for i in (1, 2, 3, 4)],
+                heads=heads(features, features / vision.get("head_width", 64)),
+                image_size=32 * math.isqrt(tokens - 1))
 
 
 class Bottleneck(nn.Module):

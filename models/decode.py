@@ -1,8 +1,7 @@
 """Faster decoding than prt.generate, with the same results (samples: the same distribution).
 
 `speculative`: small models draft a few tokens, and the base checks all of them in one pass. `compiled`: each
-step after the prompt runs as one compiled graph. `sampler` returns a function `draw` that samples with a
-temperature, for prt.generate and `compiled`.
+step after the prompt runs as one compiled graph.
 """
 import functools
 import math
@@ -12,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import prt
+from models.sampling import probabilities, sample
 
-CACHES = weakref.WeakKeyDictionary()  # policy -> {(batch, length): KV cache for compiled steps}
+CACHES = weakref.WeakKeyDictionary()  # model -> {(batch, length): KV cache for compiled steps}
 
 
 @torch.no_grad()
@@ -21,24 +21,23 @@ def speculative(base, rewards, ids, *, length, end=None, pad=None, temperature=0
                 drafter=None, compile=False):
     """Returns what prt.generate does, by speculative sampling (Leviathan et al. 2023; Chen et al. 2023).
 
-    drafter: the (base, rewards) of a mixture that drafts tokens, of which `accept` keeps some. Policies that
-    are in both mixtures run once. Default: the first reward alone (in EFT, the tuned model), or the base if
-    there is no reward. The reward with its source base is the tuned source model: it drafts better, but one
-    more model runs.
+    drafter: the (base, rewards) that draft tokens, of which `accept` keeps some. Models that also decode run
+    once. Default: the first reward alone (in EFT, the tuned source), or the base if there is no reward. The
+    reward with its source is the tuned source: it drafts better, but one more model runs.
 
-    Other arguments as in prt.generate and `sampler`. With compile, steps run as compiled graphs, as in
+    Other arguments as in prt.generate and sampling.sampler. With compile, steps run as compiled graphs, as in
     `compiled`. Best for small batches, since all rows advance by the same number of tokens. Synchronizes the
     device after every pass of the base and, if `end` is given, after every drafted token.
     """
     drafter = drafter or (rewards[0][1] if rewards else base, [])
     B, total = len(ids), ids.shape[1] + length
     drafting = open_caches([(1.0, drafter[0]), *drafter[1]], B, total, pad, compile)
-    others = [(weight, policy) for weight, policy in [(1.0, base), *rewards] if policy not in drafting]
+    others = [(weight, model) for weight, model in [(1.0, base), *rewards] if model not in drafting]
     checking = open_caches(others, B, total, pad, compile)
     distribution = functools.partial(probabilities, temperature=temperature, top_p=top_p)
     out, new = ids, ids  # new: the last tokens of `out`, which are not in the caches yet
     # k: how many tokens to draft. 8 to 16 were the fastest of several rules with good drafts, and with bad
-    # ones k soon falls (tests/README.md).
+    # ones k soon falls (tests/RESULTS.md).
     ended, k = torch.zeros(B, dtype=torch.bool, device=ids.device), 8
     while out.shape[1] < total:
         at = out.shape[1] - new.shape[1]
@@ -46,7 +45,7 @@ def speculative(base, rewards, ids, *, length, end=None, pad=None, temperature=0
         drafts, q, logits = draft(drafter, drafting, new, at, k, ended, end, distribution, generator, compile)
         k = drafts.shape[1]
         logits |= next_logits(checking, torch.cat([new, drafts], 1), at, k + 1, compile)
-        p = distribution(prt.mixture(base, rewards, logits.get))  # [B, k + 1, V]
+        p = distribution(prt.combine(base, rewards, logits.get))  # [B, k + 1, V]
         new, ended = fill_after_end(accept(p, q, drafts, ended, generator), ended, end)
         accepted = new.shape[1] - 1
         k = min(k + 2, 16) if accepted == k else max(accepted, 1)
@@ -60,22 +59,22 @@ def speculative(base, rewards, ids, *, length, end=None, pad=None, temperature=0
 def draft(drafter, caches, new, at, k, ended, end, distribution, generator, compile):
     """Drafts up to k tokens after the tokens `new` [B, T], the first of which has position `at`.
 
-    drafter: (base, rewards). caches: policy -> KV cache. ended [B]: rows that have ended. Drafting stops if
+    drafter: (base, rewards). caches: model -> KV cache. ended [B]: rows that have ended. Drafting stops if
     all have. distribution: log-probabilities -> probabilities. Returns drafts [B, k], the distributions
-    q [B, k, V] that they were sampled from, and policy -> logits [B, k + 1, V], with those after the last
+    q [B, k, V] that they were sampled from, and model -> logits [B, k + 1, V], with those after the last
     draft.
     """
     base, rewards = drafter
     drafts, q, logits = [], [], [next_logits(caches, new, at, 1, compile)]
     while len(drafts) < k and not (end is not None and ended.all()):
-        q.append(distribution(prt.mixture(base, rewards, logits[-1].get)))
+        q.append(distribution(prt.combine(base, rewards, logits[-1].get)))
         at, new = at + new.shape[1], sample(q[-1], generator)  # [B, 1]
         drafts.append(new)
         ended = ended | (new[:, 0] == end)
         logits.append(next_logits(caches, new, at, 1, compile))
     x = logits[0][base]  # [B, 1, V]
     return (torch.cat([new[:, :0], *drafts], 1), torch.cat([x[:, :0], *q], 1),
-            {policy: torch.cat([step[policy] for step in logits], 1) for policy in caches})
+            {model: torch.cat([step[model] for step in logits], 1) for model in caches})
 
 
 def accept(p, q, drafts, ended, generator=None):
@@ -119,15 +118,14 @@ def compiled(base, rewards, ids, *, length, end=None, pad=None, draw=lambda log_
     """prt.generate with torch.compile for the steps after the prompt, and with CUDA graphs on CUDA.
 
     Compilation takes a minute or two for each set of models and batch size. The KV caches of every batch size
-    and length (in steps of 128) stay allocated. Do not train the models afterward: on a CPU their weights are
-    constants of the graph.
+    and length (in steps of 128) stay allocated.
     """
     B, T = ids.shape
     caches = open_caches([(1.0, base), *rewards], B, T + length, pad, compile=True)
     out, new, ended = ids, ids, torch.zeros(B, dtype=torch.bool, device=ids.device)
     for step in range(length):
         logits = next_logits(caches, new, out.shape[1] - new.shape[1], 1, compile=True)
-        new, ended = fill_after_end(draw(prt.mixture(base, rewards, logits.get)), ended, end)
+        new, ended = fill_after_end(draw(prt.combine(base, rewards, logits.get)), ended, end)
         out = torch.cat([out, new], 1)
         if end is not None and step % 8 == 7 and ended.all():  # synchronizes the device: every 8th step only
             break
@@ -148,9 +146,9 @@ def fill_after_end(new, ended, end):
 
 
 def next_logits(caches, tokens, at, n, compile):
-    """Returns policy -> logits after each of the last n of the tokens [B, T], [B, n, V].
+    """Returns model -> logits after each of the last n of the tokens [B, T], [B, n, V].
 
-    caches: policy -> KV cache. at: the position of the first token. Cache entries from there on (of dropped
+    caches: model -> KV cache. at: the position of the first token. Cache entries from there on (of dropped
     drafts) are overwritten.
     """
     for cache in caches.values():
@@ -161,103 +159,42 @@ def next_logits(caches, tokens, at, n, compile):
     step = compiled_logits(tokens.device.type)
     at = torch.full((1,), at, device=tokens.device)
     # A CUDA graph overwrites its outputs in the next step, and drafting needs them after that.
-    return {policy: x.clone() for policy, x in zip(caches, step(list(caches.items()), tokens, n, at))}
+    return {model: x.clone() for model, x in zip(caches, step(list(caches.items()), tokens, n, at))}
 
 
-def last_logits(policies, tokens, n, at=None):
-    """Returns the list of logits [B, n, V] after each of the last n tokens for a list of (policy, cache).
+def last_logits(models, tokens, n, at=None):
+    """Returns the list of logits [B, n, V] after each of the last n tokens for a list of (model, cache).
 
     at: None, or the first token's position as a tensor [1], as in the `features` of models/gpt.py.
     """
-    return [policy.head(policy.features(tokens, cache, at)[:, -n:]) for policy, cache in policies]
+    return [model.head(model.features(tokens, cache, at)[:, -n:]) for model, cache in models]
 
 
 @functools.cache
 def compiled_logits(device_type):
     """Returns `last_logits`, compiled: all models in one graph."""
     torch._dynamo.config.recompile_limit = 64  # instead of 8: a graph for each set of models and shape
-    if device_type == "cuda":
-        return torch.compile(last_logits, mode="reduce-overhead")
-    # On a CPU: network weights as constants, packed for the fastest of several matrix products.
-    # As `options` of torch.compile, freezing has no effect.
-    silent = dict(autotune_num_choices_displayed=0, max_autotune_report_choices_stats=False)
-    torch._inductor.config.load_config(dict(freezing=True, max_autotune=True, **silent))
-    return torch.compile(last_logits)
+    return torch.compile(last_logits, mode="reduce-overhead" if device_type == "cuda" else "default")
 
 
 def open_caches(terms, batch, length, pad, compile):
-    """Returns policy -> empty KV cache for `length` positions, prompt included; terms: (weight, policy)s."""
-    make = static_cache if compile else lambda policy, *shape: policy.cache(*shape)
-    return {policy: make(policy, batch, length, pad) for _, policy in terms}
+    """Returns model -> empty KV cache for `length` positions, prompt included; terms: (weight, model)s."""
+    make = static_cache if compile else lambda model, *shape: model.cache(*shape)
+    return {model: make(model, batch, length, pad) for _, model in terms}
 
 
-def static_cache(policy, batch, length, pad):
+def static_cache(model, batch, length, pad):
     """Returns a cache for compiled steps, reused by calls of a similar length.
 
     A CUDA graph needs fixed memory addresses. Lengths are rounded up to multiples of 128, since every length
     needs a separate graph.
     """
-    length = max(length, min(math.ceil(length / 128) * 128, policy.arch["positions"]))
-    key, caches = (batch, length), CACHES.setdefault(policy, {})
+    length = max(length, min(math.ceil(length / 128) * 128, model.arch["positions"]))
+    key, caches = (batch, length), CACHES.setdefault(model, {})
     if key not in caches:
-        caches[key] = policy.cache(batch, length)
+        caches[key] = model.cache(batch, length)
         for tensor in (x for pair in caches[key].kv for x in pair):
             tensor.zero_()  # a masked value is multiplied by 0, and uninitialized memory may hold nan
             torch._dynamo.mark_static_address(tensor, guard=False)
     caches[key].pad = pad
     return caches[key]
-
-
-def sampler(temperature, top_p=1.0, generator=None):
-    """Returns a `draw` for prt.generate: the most likely token at temperature 0, otherwise a sample.
-
-    generator: a torch.Generator on the device of the models, or None.
-    """
-    if not temperature:
-        return lambda log_probs: log_probs.argmax(-1)
-    return lambda log_probs: sample(probabilities(log_probs, temperature, top_p), generator)
-
-
-def stopping(draw, until, to_text, end):
-    """Returns a `draw` for one batch like `draw`, but rows draw `end` once they contain a stop string.
-
-    until: the stop strings; empty ones are ignored. to_text: function from ids to text. Synchronizes the
-    device.
-    """
-    width = max(len(string.encode()) for string in until)  # in bytes; no token is shorter than one
-    drawn = []  # in each step, [B, 1]
-
-    def draw_or_end(log_probs):
-        new = draw(log_probs)
-        texts = [to_text(ids) for ids in torch.cat([new[:, :0], *drawn[-width:]], 1).tolist()]
-        ended = [[any(string in x for string in until if string)] for x in texts]  # [B, 1]
-        drawn.append(new.masked_fill(torch.tensor(ended, device=new.device), end))
-        return drawn[-1]
-    return draw_or_end
-
-
-def probabilities(log_probs, temperature, top_p):
-    """Returns the distribution to sample from, [..., V]: one-hot at temperature 0.
-
-    Otherwise softmax(log_probs / temperature), cut to the smallest set of most likely tokens that has at
-    least top_p of the probability, and normalized.
-    """
-    if not temperature:
-        return torch.zeros_like(log_probs).scatter_(-1, log_probs.argmax(-1, keepdim=True), 1.0)
-    p = (log_probs / temperature).softmax(-1)
-    if top_p < 1:
-        descending, order = p.sort(-1, descending=True)
-        likely = descending * (descending.cumsum(-1) - descending < top_p)  # sum of likelier ones < top_p
-        p = torch.zeros_like(p).scatter_(-1, order, likely)
-        p = p / p.sum(-1, keepdim=True)
-    return p
-
-
-def sample(p, generator=None):
-    """Returns indices [...] sampled in proportion to p [..., V], which need not sum to 1.
-
-    If every t_i is exponential with rate p_i, then t_i is the smallest with probability p_i / sum(p). Unlike
-    torch.multinomial, this does not synchronize the device.
-    """
-    times = torch.empty_like(p).exponential_(generator=generator)
-    return (p / times.clamp(min=torch.finfo(p.dtype).tiny)).argmax(-1)

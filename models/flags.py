@@ -1,66 +1,84 @@
-"""Command-line flags of the scripts. Imports nothing slow, so that --help answers at once."""
+"""Command-line flags of the training scripts. Defaults are in the scripts' RECIPES, and nowhere else."""
 import argparse
 import math
-
-TICKET = dict(lr=1e-2, weight_decay=0.0, keep=0.5, freeze=0.0)  # the recipe's changes with --ticket
-
-
-def parser(doc, epilog=None):
-    return argparse.ArgumentParser(description=doc, epilog=epilog,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+from pathlib import Path
 
 
-def training(doc, tuning, pretraining, stages, warmup):
+def parser(doc):
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def training(doc, recipes, warmup):
     """Returns the parser of a training script, and its groups "run", "recipe", and "machine" for more flags.
 
-    tuning: the recipe (flag -> default) of the methods prt and ft. pretraining: that of pretrain. stages:
-    name -> recipe of each model that the script makes without arguments. warmup: its default, in words.
+    recipes: name -> (flag -> default), for a reward and fine-tuning ("prt"), "pretrain", and "ticket".
+    warmup: the default of --warmup, in words.
     """
     def default(flag):
-        tune, pretrain = (recipe.get(flag, "none") for recipe in (tuning, pretraining))
-        return f"(default: {tune})" if tune == pretrain else f"(default: {tune}; pretrain: {pretrain})"
+        reward, pretrain, ticket = (recipes[name].get(flag) for name in ("prt", "pretrain", "ticket"))
+        others = dict(pretrain=pretrain, ticket=ticket)
+        return f"(default: {reward}" + "".join(f"; {k}: {v}" for k, v in others.items() if v != reward) + ")"
 
-    lines = [f"  {name:7}" + "".join(f" --{flag.replace('_', '-')} {value}" for flag, value in recipe.items())
-             for name, recipe in stages.items()]
-    p = parser(doc, "without any of --data, --base, and --method, trains these models:\n" + "\n".join(lines))
+    p = parser(doc)
     run, recipe, ticket, machine = (p.add_argument_group(name)
                                     for name in ("run", "recipe", "a reward in a small file", "machine"))
-    run.add_argument("--base", help=f"checkpoint, folder, or Hub id of the frozen base {default('base')}")
+    run.add_argument("--source", help="checkpoint, folder, or Hub id of the frozen model that the reward is "
+                     f"trained on {default('source')}")
     run.add_argument("--method", choices=("prt", "ft", "pretrain"),
                      help="train a reward, a fine-tuned model, or a base from scratch (default: prt)")
     run.add_argument("--out", help="checkpoint to write (default: out/DATA-METHOD.pt); a folder if none of "
-                     "--data, --base, and --method is given (default: out/DATA-SEED)")
+                     "--data, --source, and --method is given (default: out/DATA-SEED)")
     run.add_argument("--resume", action="store_true", help="continue the unfinished run in --out")
-    run.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    run.add_argument("--seed", type=int, help=f"random seed {default('seed')}")
     recipe.add_argument("--steps", type=positive(int), help=f"training steps {default('steps')}")
     recipe.add_argument("--batch", type=positive(int), help=f"examples per step {default('batch')}")
     recipe.add_argument("--accum", type=positive(int), help=f"gradient accumulation {default('accum')}")
     recipe.add_argument("--lr", type=positive(float), help=f"peak learning rate {default('lr')}")
     recipe.add_argument("--warmup", type=int, help=f"steps of linear warmup (default: {warmup})")
     recipe.add_argument("--weight-decay", type=float, help=f"of AdamW; paper: 0 {default('weight_decay')}")
-    recipe.add_argument("--beta", type=positive(float), default=1.0, help="scale of the reward (default: 1)")
-    recipe.add_argument("--alpha", type=float, default=0.0, help="entropy bonus, eq. 12 (default: 0)")
-    recipe.add_argument("--hold-out", type=positive(float, below=1), default=0.0, help="share of the training"
-                        " split to leave to eval.py --beta auto (default: 0)")
-    lr, weight_decay, keep, freeze = TICKET.values()
+    recipe.add_argument("--beta", type=positive(float), help=f"scale of the reward {default('beta')}")
+    recipe.add_argument("--alpha", type=float, help=f"entropy bonus, eq. 12 {default('alpha')}")
+    recipe.add_argument("--hold-out", type=positive(float, below=1), help="share of the training split to "
+                        f"leave to eval.py --beta auto {default('hold_out')}")
     ticket.add_argument("--ticket", choices=("random", "base"), help="train a mask over weights that are "
-                        "random, or those of --base (default: none). Changes the defaults of --lr and "
-                        f"--weight-decay to {lr} and {weight_decay:g}")
+                        "random, or those of --source (default: none)")
     ticket.add_argument("--keep", type=positive(float, below=1), help="share of ones in the mask "
-                        f"(default: {keep})")
+                        f"{default('keep')}")
     ticket.add_argument("--freeze", type=positive(float, below=1), help="share of the mask that is random, "
-                        f"which saves its bits (default: {freeze:g})")
+                        f"which saves its bits {default('freeze')}")
     machine.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     machine.add_argument("--compile", action="store_true", help="use torch.compile for the networks")
     return p, run, recipe, machine
 
 
-def resolve(args, recipe, **fixed):
-    """Returns a new namespace: `fixed` overrides the flags that are given, which override the recipe."""
+def resolve(p, args, recipes):
+    """Returns the arguments with a recipe's defaults for flags that are not given; exits if flags contradict.
+
+    Without --data, --source, and --method nothing but the built-in example is meant: they stay as they are.
+    """
+    if args.ticket or args.keep or args.freeze or args.reward_init:
+        from models import tickets
+        tickets.check_flags(p, args)
+    if args.size and args.method != "pretrain":
+        p.error("--size is for --method pretrain")
+    name = "ticket" if args.ticket else "pretrain" if args.method == "pretrain" else "prt"
+    if not (args.source or args.method) and args.data in (None, recipes["prt"]["data"]):
+        if args.ticket:
+            p.error("--ticket needs a --source, such as old.pt in the folder of a run without flags")
+        return args
+    args = filled(recipes[name], args)
+    args.out = args.out or f"out/{Path(args.data).name}-{args.method}.pt"
+    return args
+
+
+def filled(defaults, args):
+    """Returns the arguments with defaults for those that are None; --epochs replaces a default of --steps.
+
+    defaults: flag -> value.
+    """
     given = {flag: value for flag, value in vars(args).items() if value is not None}
-    if "epochs" in given:  # --epochs replaces the recipe's number of steps
-        recipe = recipe | dict(steps=None)
-    return argparse.Namespace(**vars(args) | recipe | given | fixed)
+    steps = dict(steps=None) if "epochs" in given else {}
+    return argparse.Namespace(**vars(args) | defaults | steps | given)
 
 
 def positive(kind, below=math.inf):

@@ -1,44 +1,23 @@
-"""GPT-2 and the Llama architecture (Llama 2 and 3, Qwen2, Falcon3) in one decoder.
+"""GPT-2 and the Llama architecture (Llama 2 and 3, Qwen2, Falcon3) in one decoder, and how they are read.
 
-Parameters have the names of Llama's public checkpoints, without their "model." prefix; models/weights.py
-renames GPT-2's. An architecture is a dict of plain values:
+Parameters have the names of Llama's public checkpoints, without their "model." prefix. An architecture is a
+dict of plain values, which `architecture` makes of a config.json:
 
     vocab, width, layers, heads, kv_heads, head_width, mlp (inner width), positions (at most), eps, tied (the
     output matrix is the embedding), end (id of the end token), rope (theta and llama3, the scaling, or None
     for learned positions), layer_norm (False: RMSNorm), gated_mlp, qkv_bias, bias (of o_proj and the MLP)
 """
-import functools
+import contextlib
 import math
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
-class Cache:
-    """The keys and values of all layers, allocated once; the first `at` positions are filled.
-
-    Setting a smaller `at` drops the last tokens. pad [B]: how many positions on the left of each row are
-    padding, to which no other position attends.
-    """
-
-    def __init__(self, arch, batch, length, device, dtype, pad=None):
-        shape = batch, arch["kv_heads"], length, arch["head_width"]
-        empty = functools.partial(torch.empty, shape, device=device, dtype=dtype)
-        self.kv = [(empty(), empty()) for _ in range(arch["layers"])]
-        self.at, self.length, self.pad = 0, length, pad
-
-
-class Context(NamedTuple):
-    """The inputs that all layers share in one forward pass over T new tokens."""
-
-    rope: tuple | None  # cosines and sines of the positions' angles, each [T, D/H] or [B, 1, T, D/H]
-    # Which keys each query attends to, bool [G*T, keys] or [B, 1, G*T, keys], with G as in Attention.
-    mask: torch.Tensor | None
-    slots: slice | torch.Tensor | None  # where the tokens' keys and values go in the cache
-    keys: int | None  # how many positions of the cache are attended to
+from data import files, hub
+from data.tokenizer import Tokenizer
 
 
 def frequencies(rope, width):
@@ -62,19 +41,6 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def attention_mask(positions, keys, pad):
-    """Returns the causal mask of tokens at positions [T] over the first `keys` positions, bool [T, keys].
-
-    With pad [B], as in `Cache`: [B, 1, T, keys]. Padding attends to itself, since softmax over no key is nan.
-    """
-    key = torch.arange(keys, device=positions.device)
-    mask = key <= positions[:, None]
-    if pad is None:
-        return mask
-    not_padding = key >= pad[:, None, None]  # [B, 1, keys]
-    return (mask & (not_padding | (key == positions[:, None])))[:, None]
-
-
 class Attention(nn.Module):
     """Causal self-attention with a KV cache; G = heads / kv_heads heads share their keys and values."""
 
@@ -87,18 +53,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(arch["width"], kv, bias=arch["qkv_bias"])
         self.o_proj = nn.Linear(inner, arch["width"], bias=arch["bias"])
 
-    def forward(self, x, context, kv):
-        """Maps x [B, T, D] to [B, T, D]; kv: the layer's cached keys and values, or None."""
+    def forward(self, x, rope, past):
+        """Maps x [B, T, D] to [B, T, D]; rope: as `GPT.embed` returns it. past: a cache.Past, or None."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, T, D] -> [B, H, T, D/H]
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # [B, KV, T, D/H]
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
-        if context.rope is not None:
-            q, k = rotate(q, *context.rope), rotate(k, *context.rope)
-        if kv is not None:
-            for new, cached in zip((k, v), kv):
-                cached[:, :, context.slots] = new.to(cached.dtype)
-            k, v = (cached[:, :, :context.keys].to(q.dtype) for cached in kv)  # [B, KV, keys, D/H]
-        if context.mask is None and x.shape[1] > 1:
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if past is not None:
+            k, v = past.extend(k, v)  # [B, KV, keys, D/H]
+        if x.shape[1] > 1 and (past is None or past.mask is None):
             if q.is_cuda and q.dtype == torch.float32:  # no fused kernel for float32 takes shared keys
                 k, v = (y.repeat_interleave(self.heads // self.kv_heads, 1) for y in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < self.heads)
@@ -106,7 +70,7 @@ class Attention(nn.Module):
             # No fused kernel takes both a mask and shared keys: the G heads that share keys become one head
             # with G*T queries.
             q = q.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)  # [B, H, T, D/H] -> [B, KV, G*T, D/H]
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=past and past.mask)
             y = y.unflatten(2, (-1, x.shape[1])).flatten(1, 2)  # [B, KV, G*T, D/H] -> [B, H, T, D/H]
         return self.o_proj(y.transpose(1, 2).flatten(2))  # [B, H, T, D/H] -> [B, T, D]
 
@@ -140,19 +104,13 @@ class Block(nn.Module):
         self.input_layernorm, self.self_attn = norm(arch), Attention(arch)
         self.post_attention_layernorm, self.mlp = norm(arch), MLP(arch)
 
-    def forward(self, x, context, kv):
-        x = x + self.self_attn(self.input_layernorm(x), context, kv)
+    def forward(self, x, rope, past):
+        x = x + self.self_attn(self.input_layernorm(x), rope, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def check_room(length, room):
-    """Raises ValueError if `length` is above `room`, the positions of the model or of a cache."""
-    if length > room:
-        raise ValueError(f"{length} tokens, but this model has room for {room} (--length, --new-tokens)")
-
-
 class GPT(nn.Module):
-    """A decoder-only language model: the policy of prt.fit and prt.generate."""
+    """A decoder-only language model, for prt.fit and prt.generate."""
 
     def __init__(self, arch):
         super().__init__()
@@ -173,6 +131,7 @@ class GPT(nn.Module):
 
     def cache(self, batch, length, pad=None):
         """Returns an empty cache for `length` positions. Raises ValueError if the model has fewer."""
+        from models.cache import Cache, check_room
         check_room(length, self.arch["positions"])
         weight = self.embed_tokens.weight
         return Cache(self.arch, batch, length, weight.device, weight.dtype, pad)
@@ -180,35 +139,27 @@ class GPT(nn.Module):
     def features(self, ids, cache=None, at=None):
         """Returns features [B, T, D], the input of `head`, for token ids [B, T] that follow the cached ones.
 
-        at: for compiled steps, the position of the first token as a tensor [1]. One graph then serves all
-        positions, since it attends to the whole cache with a mask. cache.at is not changed. Without `at`,
-        raises ValueError if the tokens exceed the model's positions or the cache.
+        at: for compiled steps, as in `Cache.place`. Raises ValueError if the tokens exceed the cache or,
+        without one, the model's positions.
         """
-        T, pad, mask = ids.shape[1], cache.pad if cache else None, None
-        if at is None:
-            start = cache.at if cache else 0
-            keys = start + T
-            check_room(keys, cache.length if cache else self.arch["positions"])
-            positions, slots = torch.arange(start, keys, device=ids.device), slice(start, keys)
-            whole = start == 0 or T == 1  # causal attention over all keys, or one token that sees all of them
+        T = ids.shape[1]
+        if cache is not None:
+            positions, pasts = cache.place(T, at, ids.device)
         else:
-            positions = slots = at + torch.arange(T, device=ids.device)
-            keys, whole = cache.length, False
-        if not whole or pad is not None:
-            mask = attention_mask(positions, keys, pad)
-            mask = torch.cat([mask] * (self.arch["heads"] // self.arch["kv_heads"]), -2)  # see Attention
-        x, rope = self.embed(ids, positions if pad is None else (positions - pad[:, None]).clamp(min=0))
-        # Without a cache, slots and keys are None: torch.compile would recompile for every new length.
-        context = Context(rope, mask, *(slots, keys) if cache else (None, None))
-        for i, layer in enumerate(self.layers):
-            inputs = x, context, cache.kv[i] if cache else None
+            if self.arch["positions"] < T:
+                raise ValueError(f"{T} tokens, but this model has room for {self.arch['positions']}")
+            positions, pasts = torch.arange(T, device=ids.device), [None] * len(self.layers)
+        x, rope = self.embed(ids, positions)
+        for layer, past in zip(self.layers, pasts):
+            inputs = x, rope, past
             x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute else layer(*inputs)
-        if cache and at is None:
-            cache.at = keys
         return self.norm(x)
 
     def embed(self, ids, positions):
-        """Returns the embeddings [B, T, D] of ids [B, T] at positions [T] or [B, T], and `Context.rope`."""
+        """Returns the embeddings [B, T, D] of ids [B, T] at positions [T] or [B, T], and RoPE's tables.
+
+        These are the cosines and sines of the angles, each [T, D/H] or [B, 1, T, D/H], or None without RoPE.
+        """
         x = self.embed_tokens(ids)
         if self.embed_positions is not None:
             return x + self.embed_positions(positions), None
@@ -223,11 +174,140 @@ class GPT(nn.Module):
         matrix = self.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(features, matrix.weight)[..., :self.size]  # autocast caches casts of whole weights
 
-    def forward(self, ids, index=None, cache=None):
+    def forward(self, ids, index=None):
         """Maps token ids [B, T] to logits [B, T, V], or to features [N, D] if index is given.
 
         index [N]: the positions in ids.flatten() to return features of. In training, prt.fit calls `head` for
         a chunk of them at a time.
         """
-        x = self.features(ids, cache)
+        x = self.features(ids)
         return self.head(x) if index is None else x.flatten(0, 1)[index]
+
+
+def network(info, arch, head=None):
+    """Returns a GPT with random weights; the arguments are those of models/clip.py's function."""
+    return GPT(arch)
+
+
+# Public files
+
+# Key of the arch dict -> the keys of config.json for the same value.
+KEYS = dict(vocab="vocab_size", width="hidden_size n_embd", layers="num_hidden_layers n_layer",
+                heads="num_attention_heads n_head", head_width="head_dim", kv_heads="num_key_value_heads",
+                mlp="intermediate_size n_inner", positions="max_position_embeddings n_positions",
+                eps="rms_norm_eps layer_norm_epsilon", tied="tie_word_embeddings", end="eos_token_id")
+# Keys of config.json that choose a variant -> the values that models/gpt.py supports.
+VARIANTS = dict(model_type=("gpt2", "llama", "qwen2"), hidden_act=("silu",), mlp_bias=(False,),
+                activation_function=("gelu_new",), attention_bias=(False,), use_sliding_window=(False,),
+                scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), quantization_config=())
+
+
+def read_folder(name, dtype):
+    """Returns the architecture and tensors of a GPT in Hugging Face's layout; name: a folder or Hub id."""
+    arch, tensors = architecture(files.read_json(hub.find(name, "config.json"))), {}
+    index = hub.find(name, "model.safetensors", "model.safetensors.index.json")
+    shards = {index.name}
+    if index.suffix == ".json":
+        shards = set(files.read_json(index)["weight_map"].values())
+    for shard in sorted(shards):  # one at a time
+        if Path(shard).name != shard:
+            raise ValueError(f"{index.name} names {shard}, which is not a file in its folder")
+        content = renamed(files.read(hub.find(name, shard)), arch)
+        tensors |= {k: x.to(dtype) for k, x in content.items()}
+    return arch, tensors
+
+
+def architecture(config):
+    """Returns the arch dict of models/gpt.py for a Hugging Face config.json."""
+    if unknown := [k for k, known in VARIANTS.items() if k in config and config[k] not in known]:
+        raise ValueError("models/gpt.py supports gpt2, llama (also Falcon3), and qwen2, but not "
+                         + ", ".join(f"{k} {config[k]}" for k in unknown))
+    arch = {ours: next((config[k] for k in theirs.split() if config.get(k) is not None), None)
+            for ours, theirs in KEYS.items()}
+    optional = ("end", "head_width", "kv_heads", "mlp", "tied")
+    missing = [KEYS[k] for k, v in arch.items() if v is None and k not in optional]
+    if missing or "model_type" not in config:
+        raise ValueError(f"it lacks {', '.join(missing) or 'model_type'}")
+    family, end = config["model_type"], arch["end"]
+    gpt2 = family == "gpt2"
+    defaults = dict(kv_heads=arch["heads"], head_width=arch["width"] // arch["heads"], mlp=4 * arch["width"],
+                    tied=gpt2)
+    arch |= {k: v for k, v in defaults.items() if arch[k] is None}
+    return arch | dict(rope=None if gpt2 else rope_parameters(config), layer_norm=gpt2, gated_mlp=not gpt2,
+                       qkv_bias=family != "llama", bias=gpt2, end=end[0] if isinstance(end, list) else end)
+
+
+def rope_parameters(config):
+    """Returns `rope` of the arch dict, from rope_parameters or, in older config.json files, rope_theta."""
+    old = dict(rope_theta=config.get("rope_theta", 10000.0)) | (config.get("rope_scaling") or {})
+    parameters = config.get("rope_parameters") or old
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"rope_type {kind} is not supported, only default and llama3")
+    return dict(theta=parameters["rope_theta"], llama3=parameters if kind == "llama3" else None)
+
+
+def renamed(tensors, arch):
+    """Returns a Hugging Face GPT's tensors with the names of this file, without copies and old buffers."""
+    if arch["rope"] is None:
+        from models import gpt2  # a room that may be missing
+        tensors = gpt2.renamed(tensors)
+    tensors = {name.removeprefix("model."): x for name, x in tensors.items() if ".inv_freq" not in name}
+    if arch["tied"]:
+        tensors.pop("lm_head.weight", None)
+    return tensors
+
+
+def tokenizer_text(name):
+    """Returns the text of a folder's tokenizer.json, or one made of GPT-2's files, or ""."""
+    with contextlib.suppress(FileNotFoundError):
+        file = hub.find(name, "tokenizer.json", "vocab.json")
+        if file.name == "tokenizer.json":
+            return file.read_text("utf-8")
+        from models import gpt2
+        return gpt2.tokenizer_text(file, hub.find(name, "merges.txt"))
+    return ""
+
+
+def check(arch, tensors):
+    """Raises ValueError if arch has values of the wrong type, or layers or heads that are not in tensors."""
+    for key in ("vocab", "width", "layers", "heads", "kv_heads", "head_width", "mlp", "positions"):
+        if type(arch[key]) is not int or arch[key] < 1:  # a bool is an int, too
+            name = KEYS[key].replace(" ", " or ")  # as in config.json
+            raise ValueError(f"{name} is {arch[key]!r:.50}, not a positive integer")
+    rope, vocab, end = arch["rope"] or dict(theta=1.0), arch["vocab"], arch["end"]  # GPT-2 has no RoPE
+    scaling = [x for k, x in (rope.get("llama3") or {}).items() if "type" not in k]
+    if not all(type(x) in (int, float) and 0 < x < math.inf for x in (arch["eps"], rope["theta"], *scaling)):
+        raise ValueError(f"eps {arch['eps']!r:.50} or a number of RoPE is not above 0: {rope!r:.200}")
+    if end is not None and not (type(end) is int and 0 <= end < vocab):
+        raise ValueError(f"the end token is {end!r:.50}, but there are {vocab} tokens")
+    if arch["layers"] > len(tensors):
+        raise ValueError(f"{arch['layers']} layers in {len(tensors)} tensors")
+    inner, rows = arch["heads"] * arch["head_width"], len(tensors["layers.0.self_attn.q_proj.weight"])
+    if inner != rows:
+        raise ValueError(f"{arch['heads']} heads of {arch['head_width']}, but q_proj has {rows} rows")
+
+
+def same_vocabulary(models):
+    """Returns the tokenizer that GPTs share, and limits their logits to its number of tokens.
+
+    models: name -> GPT. Raises ValueError if the tokenizers differ, or an output matrix has too few rows. A
+    ticket has only the hash of its tokenizer, which would be larger than its masks.
+    """
+    tokenizers = {name: Tokenizer(model.info.get("tokenizer"), name) for name, model in models.items()
+                  if "ticket" not in model.info}
+    first_name, first = next(iter(tokenizers.items()))
+    for name, model in models.items():
+        other = tokenizers[name].hash if name in tokenizers else model.info["tokenizer"]
+        if other != first.hash:
+            raise ValueError(f"{first_name} has {first.size} tokens ({first.hash[:8]}), {name} has others "
+                             f"({other!s:.8}): a reward and its base must have the same tokenizer")
+    size = min(tokenizer.size for tokenizer in tokenizers.values())
+    rows = {name: model.size for name, model in models.items()}
+    if min(rows.values()) < size:
+        raise ValueError(f"the tokenizer has {size} tokens, more than an output matrix has rows: {rows}")
+    if set(rows.values()) != {size}:
+        print(f"output matrices with {rows} rows are cut to the tokenizer's {size}")
+        for model in models.values():
+            model.size = size
+    return first

@@ -1,4 +1,4 @@
-"""Mixtures as models of lm-evaluation-harness. Needs lm_eval: only eval.py --tasks imports this."""
+"""Tilted bases as models of lm-evaluation-harness. Needs lm_eval: only eval.py --tasks imports this."""
 import lm_eval.tasks
 import torch
 from lm_eval import simple_evaluate, utils
@@ -6,6 +6,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
 from data import files, text
+from models import answers, scores
 
 
 def evaluate(models, names, limit):
@@ -23,19 +24,18 @@ def evaluate(models, names, limit):
                for name, task in report["results"].items()}
 
 
-class Mixture(TemplateLM):
+class TiltedModel(TemplateLM):
     """A model for text that splits, truncates, and stops as lm_eval's own class for transformers.
 
-    template: of prompts, with {}, or None. room: the most positions; longer texts are truncated on the left.
-    score, generate: as runs.score_examples from Tokens, and eval.py's generate_answers from prompts on.
+    row: of eval.py's table. template: of prompts, with {}, or None. end: the end token's id. room: the most
+    positions; longer texts are truncated on the left. how: answers.Decoding, but for what a task sets.
     """
 
     eot_token_id = prefix_token_id = tokenizer_name = None  # in the parent class, abstract properties
 
-    def __init__(self, tokenizer, template, end, room, score, generate):
+    def __init__(self, row, tokenizer, template, end, room, how):
         super().__init__()
-        self.tokenizer, self.template, self.room = tokenizer, template, room
-        self.score, self.generate = score, generate
+        self.row, self.tokenizer, self.template, self.room, self.how = row, tokenizer, template, room, how
         self.eot_token_id, self.prefix_token_id = end, [*tokenizer.begin, end][0]
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
@@ -53,7 +53,8 @@ class Mixture(TemplateLM):
             raise ValueError(f"--tasks: an answer of {longest} tokens exceeds {self.room} positions")
         ids = [torch.tensor((context + answer)[-self.room - 1:]) for _, context, answer in requests]
         counts = [torch.arange(-len(x), 0) >= -len(answer) for x, (_, _, answer) in zip(ids, requests)]
-        return [(-x[:, 0].sum().item(), bool(x[:, 1].all())) for x in self.score(text.Tokens(ids, counts))]
+        each = score_examples(self.row.base, self.row.rewards, text.Tokens(ids, counts), self.how.batch)
+        return [(-x[:, 0].sum().item(), bool(x[:, 1].all())) for x in each]
 
     def loglikelihood_rolling(self, requests, **_):
         """Returns the log-likelihood of each whole string, in windows of `room` tokens."""
@@ -64,17 +65,30 @@ class Mixture(TemplateLM):
 
     def generate_until(self, requests, **_):
         """Returns the continuation of each string, generated with the settings of its task."""
-        answers = {}
+        texts = {}
         for settings in {repr(request.args[1]): request.args[1] for request in requests}.values():
             prompts = {i: x.args[0] for i, x in enumerate(requests) if x.args[1] == settings}
-            answers |= zip(prompts, self.continuations(prompts.values(), **normalize_gen_kwargs(settings)))
-        return [answers[i] for i in range(len(requests))]
+            texts |= zip(prompts, self.continuations(prompts.values(), **normalize_gen_kwargs(settings)))
+        return [texts[i] for i in range(len(requests))]
 
     def continuations(self, prompts, *, until, max_gen_toks, do_sample, temperature=0.0, top_p=1.0, **others):
         """Returns the texts that follow prompts, each up to the first of the stop strings `until`."""
         if others:
             raise ValueError(f"--tasks: a task generates with {others}, which is not supported")
         ids = [(self.tok_encode(x) or [self.prefix_token_id])[-(self.room - max_gen_toks):] for x in prompts]
-        answers = self.generate(ids, self.eot_token_id, self.room, until, self.tokenizer.decode,
-                                new_tokens=max_gen_toks, temperature=temperature, top_p=top_p)
-        return [postprocess_generated_text(self.tokenizer.decode(x), until, None) for x in answers]
+        how = self.how._replace(new_tokens=max_gen_toks, temperature=temperature, top_p=top_p)
+        end, to_text = self.eot_token_id, self.tokenizer.decode
+        written = answers.generate(self.row, ids, how, end, self.room, until, to_text)
+        return [postprocess_generated_text(self.tokenizer.decode(x), until, None) for x in written]
+
+
+def score_examples(base, rewards, data, batch):
+    """Returns what scores.score_targets does for each of N text.Tokens: a list of [targets, 3] on the CPU.
+
+    batch: batch size, in batches of similar lengths.
+    """
+    parts = answers.by_length(data.ids, batch)
+    found = scores.score_targets(base, rewards, [text.collate(data, torch.tensor(part)) for part in parts])
+    order = [i for part in parts for i in part]
+    found = dict(zip(order, found.cpu().split([int(data.counts[i][1:].sum()) for i in order])))
+    return [found[i] for i in range(len(order))]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from models.clip import Classifier
+from models.weights import network_module
 
 
 class TopK(torch.autograd.Function):
@@ -53,7 +53,10 @@ class MaskedWeight(nn.Module):
 
     def forward(self, scores):
         """Returns m * w, in the shape of w."""
-        mask = TopK.apply(scores, self.k)
+        return self.masked(TopK.apply(scores, self.k))
+
+    def masked(self, mask):
+        """Returns m * w from the mask [S] of the searched weights."""
         if self.searched is not None:
             mask = self.locked.index_copy(0, self.searched, mask)
         return mask.view_as(self.weight) * self.weight
@@ -89,7 +92,7 @@ def randomize(model, keep, generator):
             p.copy_(signs(p.shape) * (p.shape[1] ** -0.5 if tied else 1.0))
         else:
             p.fill_(0.0 if name.endswith("bias") else 1.0)
-    if isinstance(model, Classifier):
+    if hasattr(model, "visual"):  # a classifier of images
         model.head.copy_(signs(model.head.shape) * model.head.shape[1] ** -0.5 / 0.07)  # CLIP's first scale
 
 
@@ -117,3 +120,36 @@ def convert(model, settings):
         parametrize.register_parametrization(module, parameter, part, unsafe=True)  # changes the shape
         module.parametrizations[parameter].original.requires_grad_()
     return settings | dict(checksum=checksum)
+
+
+def check_flags(p, args):
+    """Exits with one line if --ticket, --keep, --freeze, --reward-init, or --method contradict each other."""
+    if args.method in ("ft", "pretrain") and args.reward_init:
+        p.error(f"--reward-init is for rewards, not for --method {args.method}")
+    if args.ticket and args.reward_init:
+        p.error("--reward-init: a ticket's weights are those that --ticket names; leave it out")
+    if args.ticket and args.method == "pretrain":
+        p.error("--ticket is for rewards, not for --method pretrain")
+    if args.ticket is None and (args.keep or args.freeze):
+        p.error("--keep and --freeze are for tickets: add --ticket random or --ticket base")
+
+
+def start(args, model, info, state):
+    """Does to a copy of the source, in place, what --reward-init random or --ticket asks for.
+
+    info: entries of the checkpoint, to which a ticket's are added. state: the checkpoint to continue from, or
+    None. Raises ValueError if that was a mask over other weights.
+    """
+    if "random" in (args.reward_init, args.ticket):
+        torch.manual_seed(args.seed + 1)  # the source may have started from the weights of args.seed
+        head = model.head if info["kind"] == "classifier" else None
+        model.load_state_dict(network_module(info).network(info, model.arch, head).state_dict())
+    if not args.ticket:
+        return
+    settings = dict(kind=args.ticket, keep=args.keep, freeze=args.freeze, seed=args.seed)
+    info["ticket"] = convert(model, settings)
+    if state and state["ticket"]["checksum"] != info["ticket"]["checksum"]:
+        raise ValueError(f"--resume: {args.out} was started with other weights below the mask")
+    if info["kind"] == "gpt":
+        from data.tokenizer import Tokenizer
+        info["tokenizer"] = Tokenizer(info["tokenizer"], args.source).hash  # the text needs more bytes

@@ -32,8 +32,8 @@ import prt
 import train_lm
 import train_vision
 from data import files, images
-from models import runs
-from models.tokenizer import byte_alphabet
+from data import shapes as shapes_data
+from models import pretrain, runs
 
 SCRIPTS = {"train_vision.py": train_vision, "train_lm.py": train_lm, "eval.py": eval_script}
 COLORS = dict(red=(255, 0, 0), green=(0, 255, 0), blue=(0, 0, 255))
@@ -42,14 +42,14 @@ TALK = [dict(messages=[dict(role="user", content=f"What is {s}?"), dict(role="as
                        dict(role="user", content="So?"), dict(role="assistant", content=f"{eval(s)}.")])
         for s in SUMS]
 # Command lines for the names of the fixture `paths`. Of two equal flags, the later one counts.
-TRAIN = "train_vision.py --data {data} --base {old} --steps 2 --batch 8 --warmup 0 --out {out}/x.pt "
+TRAIN = "train_vision.py --data {data} --source {old} --steps 2 --batch 8 --warmup 0 --out {out}/x.pt "
 EVAL = "eval.py --reward {reward} --base {new} --json {out}/x.json --picture {out}/x.png "
 # The models of the fixture `texts`, and the start of many command lines in its folder.
-REWARD, NEW, OLD, TUNED, ORACLE = (f"out/arithmetic-0/{name}.pt"
-                                   for name in ("reward", "new", "old", "tuned", "oracle"))
+REWARD, NEW, OLD, TUNED_SOURCE, TUNED_BASE = (
+    f"out/arithmetic-0/{name}.pt" for name in ("reward", "new", "old", "tuned_source", "tuned_base"))
 TRAIN_LM = ("train_lm.py", "--data", "sums.jsonl", "--batch", "8", "--accum", "1", "--length", "120",
             "--lr", "1e-3", "--weight-decay", "0", "--device", "cpu")
-TUNE_LM = (*TRAIN_LM, "--base", OLD)
+TUNE_LM = (*TRAIN_LM, "--source", OLD)
 EVAL_LM = ("eval.py", "--reward", REWARD, "--base", NEW, "--device", "cpu", "--new-tokens", "8")
 
 
@@ -83,8 +83,8 @@ class Handler(BaseHTTPRequestHandler):
 def serve():
     """Starts web servers on this machine.
 
-    server.files: path -> bytes, a status, or the URL to redirect to. server.seen: the requests, as (path,
-    Authorization). server.lost: how many bytes of each promised body are not sent.
+    files: path -> bytes, status, or URL to redirect to. seen: the requests, as (path, Authorization). lost:
+    how many bytes of each promised body are not sent.
     """
     servers = []
 
@@ -165,14 +165,11 @@ def jsonl(rows):
 
 
 def small_tokenizer():
-    """Returns a tokenizer.json of 400 tokens: the bytes, and numbers of two and three digits."""
-    vocab = {c: i for i, c in enumerate(byte_alphabet())}
-    merges = [f"{a} {b}" for a in "123456789" for b in "0123456789"]
-    merges += [f"{a} {b}" for a in (10, 20, 30, 40, 50) for b in "0123456789"] + ["a b", "a c", "a d", "a e"]
-    for merge in merges:
-        vocab[merge.replace(" ", "")] = len(vocab)
-    return json.dumps(dict(model=dict(vocab=vocab, merges=merges),
-                           pre_tokenizer=dict(type="ByteLevel", use_regex=True)))
+    """Returns a tokenizer.json with the first 400 tokens of the text example."""
+    model = json.loads(pretrain.TOKENIZER.read_text())["model"]
+    vocab = {token: i for token, i in model["vocab"].items() if i < 400}
+    model |= dict(vocab=vocab, merges=[pair for pair in model["merges"] if "".join(pair) in vocab])
+    return json.dumps(dict(model=model, pre_tokenizer=dict(type="ByteLevel", use_regex=True)))
 
 
 # Calls of the scripts
@@ -194,10 +191,7 @@ def call(script, *argv):
 
 
 def spawn(*command, cwd, cache=None, **options):
-    """Runs a script, or other arguments of python, in a process of its own; returns the CompletedProcess.
-
-    What pytest swallows, as warnings and tracebacks, is in its stderr.
-    """
+    """Runs a script, or other arguments of python, in a process of its own; returns the CompletedProcess."""
     command = [sys.executable, *(str(ROOT / word) if word in SCRIPTS else str(word) for word in command)]
     environment = os.environ | dict(PRT_CACHE=str(cache or Path(cwd) / "cache"), OMP_NUM_THREADS="1")
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240,
@@ -212,33 +206,26 @@ def output(*command, **options):
 
 
 TWO_PROCESSES = f"""
-import importlib, json, sys
-sys.path.insert(0, {str(ROOT)!r})
-import prt
-from models import runs
+import json, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from conftest import SCRIPTS, call, prt
 _, name, commands, stop = sys.argv
-script, commands, fit = importlib.import_module(name), json.loads(commands), prt.fit
-for command in commands[:-1]:
+script = f"{{name}}.py"
+*finished, failing = json.loads(commands)
+for command in finished:
     sys.argv[1:] = command
-    script.main()
-
-def fit_and_stop(policy, indices, *args, **options):
-    return fit(policy, lambda step: 1 / 0 if step == int(stop) else indices(step), *args, **options)
-
-prt.fit, sys.argv[1:] = fit_and_stop, commands[-1]
-try:
-    runs.main(script.main)
-except SystemExit as stopped:
-    assert stopped.code == 2
-else:
-    raise AssertionError("not stopped")
+    SCRIPTS[script].main()
+fit = prt.fit
+prt.fit = lambda policy, indices, *args, **options: fit(
+    policy, lambda step: 1 / 0 if step == int(stop) else indices(step), *args, **options)
+assert call(script, *failing) == 2 and not prt.dist.is_initialized()
 """
 
 
 def two_processes(script, commands, stop, folder, **options):
-    """Runs command lines of a script under torchrun, all in the same two processes; returns what they print.
+    """Runs command lines of a script (a name without .py) under torchrun, all in the same two processes.
 
-    script: its name, without .py. The last command line fails in step `stop`.
+    The last one fails in step `stop`. Returns what they print.
     """
     file = folder / "two_processes.py"
     file.write_text(TWO_PROCESSES)
@@ -257,6 +244,14 @@ def interrupt(patch):
 
     patch.setattr(prt, "fit", lambda *args, **options: fit(*args, **options | dict(save_every=1)))
     patch.setattr(files, "save", save_and_stop)
+
+
+def interrupted(*command):
+    """Begins a run that stops after its first step, as if killed, and leaves a checkpoint of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch)
+        with pytest.raises(KeyboardInterrupt):
+            call(*command)
 
 
 def read(path):
@@ -287,7 +282,7 @@ def one_line(code, err, *words):
 
 
 def assert_refused(case, names, capfd, *folders):
-    """Asserts that a command line fails with one line that has these words, and leaves the folders alone.
+    """Asserts that a command line fails with one line that has words, and leaves folders alone.
 
     case: the command line and the words, with the names in braces.
     """
@@ -324,16 +319,14 @@ def tiny(tmp_path_factory):
     path |= dict(data=write_webdataset(root / "data"), other=write_webdataset(root / "other", {
         "cyan": (0, 255, 255), "pink": (255, 0, 255), "white": (255, 255, 255)}))
     train = ["train_vision.py", "--data", path["data"], "--steps", 2, "--batch", 8, "--warmup", 0]
-    pretrain = [*train, "--method", "pretrain", "--size", "tiny"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "CACHE", root / "cache")
-        for i, name in enumerate(("old", "new")):
-            assert call(*pretrain, "--seed", i, "--out", path[name]) == 0
+        for name, seed in dict(old=0, new=1).items():
+            assert call(*train, "--method", "pretrain", "--size", "tiny", "--seed", seed,
+                        "--out", path[name]) == 0
         for name, method in dict(reward="prt", ft="ft").items():
-            assert call(*train, "--method", method, "--base", path["old"], "--out", path[name]) == 0
-        interrupt(patch)
-        with pytest.raises(KeyboardInterrupt):
-            call(*train, "--base", path["old"], "--out", path["half"])
+            assert call(*train, "--method", method, "--source", path["old"], "--out", path[name]) == 0
+        interrupted(*train, "--source", path["old"], "--out", path["half"])
     return SimpleNamespace(root=root, **path)
 
 
@@ -342,9 +335,9 @@ def damaged(tiny):
     """The paths of `tiny`, and files that are damaged or come from other programs."""
     data, root = tiny.reward.read_bytes(), tiny.root / "damaged"
     (root / "demo").mkdir(parents=True)
-    for name, content in {"damaged.pt": data[:3000] + bytes(100_000) + data[103_000:], "empty.pt": b"",
-                          "cut.pt": data[: len(data) // 2], "image.png": b"\x89PNG"}.items():
-        (root / name).write_bytes(content)
+    (root / "damaged.pt").write_bytes(data[:3000] + bytes(100_000) + data[103_000:])
+    (root / "empty.pt").touch()
+    (root / "cut.pt").write_bytes(data[: len(data) // 2])
     torch.save(dict(model={}, optimizer={}, epoch=3), root / "foreign.pt")
     torch.save(dict(model={}), root / "demo/old.pt")
     return vars(tiny) | {path.stem: path for path in root.iterdir()}
@@ -359,15 +352,12 @@ def paths(damaged, tmp_path):
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
-    """The run of train_vision.py without arguments, of 3 steps: its folder, cache, files, and printed lines.
-
-    The cache was filled before with a few of the pictures, since drawing all of them takes long.
-    """
+    """A short run of train_vision.py without arguments, on few pictures: folder, cache, files, output."""
     folder, cache = tmp_path_factory.mktemp("shapes"), tmp_path_factory.mktemp("shapes-cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "CACHE", cache)
-        patch.setattr(images, "COUNTS", dict(captioned=192, train=128, test=64))
-        for split in images.COUNTS:
+        patch.setattr(shapes_data, "COUNTS", dict(captioned=192, train=128, test=64))
+        for split in shapes_data.COUNTS:
             images.load("shapes", split, 32)
     printed = output("train_vision.py", "--steps", 3, "--batch", 8, cwd=folder, cache=cache)
     written = sorted((folder / "out/shapes-0").iterdir())  # other tests write more files there
@@ -382,28 +372,30 @@ def in_shapes(shapes, monkeypatch):
     return shapes
 
 
-FEW_PROBLEMS = f"""
+FEW_PROBLEMS = """
 import runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
-from data import text
-text.COUNTS = dict(old=1000, new=1000, train=200, test=50)
-del sys.argv[0]
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from data import arithmetic
+from models import examples
+arithmetic.COUNTS = dict(old=1000, new=1000, train=200, test=50)
+examples.EVAL = Path("few_eval.py").resolve()
+sys.argv[0] = {root!r} + "/{script}"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
-    """The run of train_lm.py without arguments, of 3 steps: its folder, with text files, and what it printed.
-
-    It trains on fewer problems than there are, since tokenizing all of them takes long.
-    """
+    """A short run of train_lm.py without arguments, on few problems: folder, with text files, output."""
     folder = tmp_path_factory.mktemp("texts")
     sums = [dict(prompt=f" {s} =", response=f" {eval(s)} #### {eval(s)}") for s in SUMS]
-    for name, rows in dict(sums=sums, talk=TALK).items():
-        (folder / f"{name}.jsonl").write_text(jsonl(rows))
+    (folder / "sums.jsonl").write_text(jsonl(sums))
+    (folder / "talk.jsonl").write_text(jsonl(TALK))
     (folder / "book.txt").write_text("".join(f" {s} = {eval(s)}" for s in SUMS) * 20)
-    printed = output("-c", FEW_PROBLEMS, "train_lm.py", "--steps", 3, "--batch", 8, cwd=folder)
+    for name, script in (("few_train.py", "train_lm.py"), ("few_eval.py", "eval.py")):
+        (folder / name).write_text(FEW_PROBLEMS.format(root=str(ROOT), script=script))
+    printed = output("few_train.py", "--steps", 3, "--batch", 8, cwd=folder)
     return SimpleNamespace(folder=folder, printed=printed)
 
 
@@ -423,14 +415,11 @@ def malformed(texts, tiny, tmp_path_factory):
                           "unasked.jsonl": '{"prompt": "", "response": "b"}\n',
                           "long.jsonl": jsonl([dict(prompt="a", response="long" * 300)])}.items():
         (root / name).write_text(content)
-    (root / "latin.jsonl").write_bytes('{"prompt": "ü", "response": "b"}'.encode("latin-1"))
     torch.save(read(texts.folder / REWARD) | dict(data="sums.jsonl"), root / "file.pt")
-    (root / "demo").mkdir()
-    torch.save(dict(model={}), root / "demo/old.pt")
     for name, fixture, tokenizer in (("llama", "llama2", small_tokenizer()),
                                      ("endless", "qwen2", small_tokenizer()),
-                                     ("short", "llama2", train_lm.TOKENIZER.read_text())):
+                                     ("short", "llama2", pretrain.TOKENIZER.read_text())):
         shutil.copytree(FIXTURES / fixture, root / name)
         (root / name / "tokenizer.json").write_text(tokenizer)
-    return dict(root=root, old=OLD, new=NEW, reward=REWARD, tuned=TUNED, clip=tiny.old, shapes=tiny.reward,
-                data="sums.jsonl", book="book.txt", bare=FIXTURES / "llama3")
+    return dict(root=root, old=OLD, new=NEW, reward=REWARD, tuned=TUNED_SOURCE, clip=tiny.old,
+                shapes=tiny.reward, data="sums.jsonl", book="book.txt", bare=FIXTURES / "llama3")

@@ -4,13 +4,12 @@ import functools
 import json
 import math
 import os
-import random
 import re
 import shutil
 
 import pytest
 import torch
-from conftest import EVAL_LM, FIXTURES, NEW, OLD, REWARD, TUNE_LM, TUNED, call, jsonl, one_line
+from conftest import EVAL_LM, FIXTURES, NEW, OLD, REWARD, TUNE_LM, TUNED_SOURCE, call, jsonl, one_line
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when lm_eval imports huggingface_hub
 pytest.importorskip("lm_eval")
@@ -20,17 +19,18 @@ from lm_eval.api.instance import Instance
 
 import eval as eval_script
 import prt
-from data import text
-from models import decode, harness, runs, weights
-from models.tokenizer import byte_alphabet
+from data.bpe import byte_alphabet
+from models import decode, gpt, harness, weights
 
-RANDOM = random.Random(0)
 WORDS = ["Once", "upon", "a", "time", "there", "was", "a", "little", "girl", "named", "Lily.", "She", "liked",
          "to", "play", "with", "her", "mom", "and", "a", "dog."]
-PAIRS = [(" ".join(RANDOM.choice(WORDS) for _ in range(n)), continuation)
-         for n in (1, 3, 8, 20, 60, 300) for continuation in (" Lily", " and then", "s dog.")]
+PAIRS = [(" ".join((WORDS * 20)[n:3 * n]), continuation)
+         for n in (1, 3, 8, 20, 60, 150) for continuation in (" Lily", " and then", "s dog.")]
 PAIRS += [("", "Once upon"), ("", " Once"), ("One day  ", " Lily"), ("One day ", "Lily"), ("One day\n", "x")]
-TEXTS = [PAIRS[3][0], PAIRS[12][0], 5 * PAIRS[15][0], "One day, ", "x"]
+SETTINGS = [dict(until=["."], max_gen_toks=30), dict(until=["\n", " a"], max_gen_toks=20, do_sample=False),
+            dict(until="Lily", max_gen_toks=16, temperature=0.0), dict(max_gen_toks=24)]
+REQUESTS = dict(loglikelihood=PAIRS, generate_until=[(x, y) for x, _ in PAIRS[:18:3] for y in SETTINGS],
+                loglikelihood_rolling=[PAIRS[3][0], PAIRS[12][0], 5 * PAIRS[15][0], "One day, ", "x"])
 
 
 @pytest.fixture(autouse=True)
@@ -43,39 +43,13 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
-def words_tokenizer():
-    """Returns a tokenizer.json of 512 tokens: the bytes, pairs of letters, and an end token."""
-    vocab, letters = {c: i for i, c in enumerate(byte_alphabet())}, "etaoinshrdlucmfwygpbvk"
-    merges = [(a, b) for a in "Ġ" + letters for b in letters][:255]
-    vocab |= {a + b: 256 + i for i, (a, b) in enumerate(merges)} | {"<|endoftext|>": 511}
-    added = dict(id=511, content="<|endoftext|>", single_word=False, lstrip=False, rstrip=False,
-                 normalized=False, special=True)
-    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-    return dict(version="1.0", added_tokens=[added], pre_tokenizer=byte_level, decoder=byte_level,
-                model=dict(type="BPE", vocab=vocab, merges=merges))
-
-
-def model_folder(name, path):
-    """Returns a copy of a fixture with a tokenizer of as many tokens as its output matrix has rows."""
-    folder, special = shutil.copytree(FIXTURES / name, path / name), dict(bos_token="<s>", eos_token="</s>")
-    if name != "stories260k":
-        (folder / "tokenizer.json").write_text(json.dumps(words_tokenizer()))
-        config = json.loads((folder / "config.json").read_text()) | dict(eos_token_id=511, bos_token_id=511)
-        (folder / "config.json").write_text(json.dumps(config))
-        special = dict(bos_token="<|endoftext|>", eos_token="<|endoftext|>")
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", **special)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
 def mixture(base, rewards=(), batch=3, **flags):
     """Returns the Mixture that eval.py --tasks makes of a row with these models."""
     args = argparse.Namespace(**dict(batch=batch, seed=0, speculative=False, compile=False) | flags)
     row = eval_script.Row("", None, base, base, rewards)
-    models = base, *(reward for _, reward in rewards)
-    tokenizer = weights.same_vocabulary({str(i): model for i, model in enumerate(models)})
-    return harness.Mixture(tokenizer, None, base.arch["end"], base.arch["positions"],
-                           functools.partial(runs.score_examples, base, rewards, batch=batch),
+    tokenizer = gpt.same_vocabulary({str(i): x for i, x in enumerate((base, *(x for _, x in rewards)))})
+    return harness.TiltedModel(tokenizer, None, base.arch["end"], base.arch["positions"],
+                           functools.partial(harness.score_examples, base, rewards, batch=batch),
                            functools.partial(eval_script.generate_answers, args, torch.device("cpu"), row))
 
 
@@ -87,158 +61,103 @@ def ask(model, kind, *arguments):
 
 # Against lm_eval's own class for transformers
 
-@pytest.fixture(scope="module", params=["stories260k", "gpt2", "qwen2", "llama3", "falcon3"])
+@pytest.fixture(scope="module", params=["stories260k", "gpt2"])
 def pair(request, tmp_path_factory):
-    """A model as a Mixture, and as lm_eval runs it with transformers."""
+    """A model as a Mixture, and as lm_eval runs it with transformers: texts have a first token, or none."""
     pytest.importorskip("transformers")
     from lm_eval.models.huggingface import HFLM
-    folder = model_folder(request.param, tmp_path_factory.mktemp("hub"))
+    folder = shutil.copytree(FIXTURES / request.param, tmp_path_factory.mktemp("hub") / request.param)
+    special = dict(bos_token="<s>", eos_token="</s>")
+    if request.param == "gpt2":  # has no tokenizer: 512 tokens, which are bytes, pairs of letters, and an end
+        end, letters = "<|endoftext|>", "etaoinshrdlucmfwygpbvk"
+        merges = [(a, b) for a in "Ġ" + letters for b in letters][:255]
+        tokens = [*byte_alphabet(), *map("".join, merges), end]
+        byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+        added = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        (folder / "tokenizer.json").write_text(json.dumps(dict(
+            version="1.0", added_tokens=[added | dict(id=511, content=end, special=True)],
+            pre_tokenizer=byte_level, decoder=byte_level,
+            model=dict(type="BPE", vocab={token: i for i, token in enumerate(tokens)}, merges=merges))))
+        config = json.loads((folder / "config.json").read_text()) | dict(eos_token_id=511, bos_token_id=511)
+        (folder / "config.json").write_text(json.dumps(config))
+        special = dict(bos_token=end, eos_token=end)
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", **special)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     reference = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=2)
     return mixture(weights.load(folder)), reference
 
 
-def test_log_likelihoods_are_those_of_lm_eval(pair):
-    """Catches: A context is split, begun, or truncated in another way, or an empty one has no first token."""
-    (scores, greedy), (expected, truth) = (zip(*ask(model, "loglikelihood", *PAIRS)) for model in pair)
-    print(f"\nlargest difference {(torch.tensor(scores) - torch.tensor(expected)).abs().max():.1e}")
-    assert scores == pytest.approx(expected, abs=1e-4)
-    assert greedy == truth
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_results_are_those_of_lm_eval(pair, kind):
+    """Catches: A context is split, begun, or truncated in another way, or a window counts a token twice.
 
-
-def test_log_likelihoods_of_whole_texts_are_those_of_lm_eval(pair):
-    """Catches: A window counts a token twice, or has less context, or the first token is not predicted."""
-    ours, expected = (ask(model, "loglikelihood_rolling", *TEXTS) for model in pair)
-    assert ours == pytest.approx(expected, rel=1e-6, abs=1e-4)
-
-
-@pytest.mark.parametrize("settings", [
-    dict(until=["."], max_gen_toks=30), dict(until=["\n", " a"], max_gen_toks=20, do_sample=False),
-    dict(until="Lily", max_gen_toks=16, temperature=0.0), dict(max_gen_toks=24)], ids=str)
-def test_continuations_are_those_of_lm_eval(pair, settings):
-    """Catches: A stop string is kept, a prompt is truncated on the right, or the text begins with a space."""
-    requests = [(context, settings) for context, _ in PAIRS[:18:3]]
-    ours, expected = (ask(model, "generate_until", *requests) for model in pair)
-    assert ours == expected
+    Or padding is attended to, a stop string stays, or results have the order of lengths or of settings.
+    """
+    ours, expected = (ask(model, kind, *REQUESTS[kind]) for model in pair)
+    if kind == "generate_until":
+        assert ours == expected and len({*ours}) > 3
+    else:
+        assert torch.allclose(torch.tensor(ours), torch.tensor(expected), atol=1e-4, rtol=1e-6)
 
 
 def test_special_tokens_begin_a_text_unless_lm_eval_asks_for_none(pair):
-    model, reference = pair
     for options in (dict(), dict(add_special_tokens=True), dict(add_special_tokens=False)):
-        assert model.tok_encode("Once upon", **options) == reference.tok_encode("Once upon", **options)
+        ours, expected = (model.tok_encode("Once upon", **options) for model in pair)
+        assert ours == expected
 
 
 # Mixtures
 
 @pytest.fixture
 def models(in_texts):
-    """The new base and the reward of the run of `texts`, and their tokenizer."""
+    """The new base and the reward of the run of `texts`."""
     return weights.load(NEW), weights.load(REWARD)
 
 
 @torch.no_grad()
-def log_probs(base, rewards, ids):
-    """Returns the mixture's log-probabilities after each of some ids, [T, V]."""
-    return prt.mixture(base, rewards, lambda policy: policy(torch.tensor([ids]))[0])
-
-
-@pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
-def test_log_likelihoods_are_sums_of_those_of_the_mixture(models, weight):
-    """Catches: The reward is left out or has another weight, or scores return in the order of lengths."""
+def test_log_likelihoods_are_sums_of_those_of_the_mixture(models):
+    """Catches: The reward is left out or has another weight, or a greedy continuation is not marked."""
     base, reward = models
-    requests = [(" Tom has 7 apples.", " How many?"), ("", " 3 + 4 = 7"), (" 3 + 4 =", " 7"),
-                (" Eva has 4 bags of 12 eggs each.", " 48 #### 48")]
-    rewards = [(weight, reward)] if weight else []
-    model = mixture(base, rewards)
-    expected = []
-    for context, continuation in requests:
-        ids = model.tok_encode(context) if context else [model.eot_token_id]
-        whole = ids + model.tok_encode(continuation)
-        scores = log_probs(base, rewards, whole[:-1])[len(ids) - 1:]
-        y = torch.tensor(whole[len(ids):])
-        expected.append((scores.gather(-1, y[:, None]).sum().item(), bool((scores.argmax(-1) == y).all())))
-    ours = ask(model, "loglikelihood", *requests)
-    assert [x for x, _ in ours] == pytest.approx([x for x, _ in expected], abs=1e-4)
-    assert [x for _, x in ours] == [x for _, x in expected]
-    data = text.Tokens([torch.tensor(whole)], [torch.arange(len(whole)) >= len(ids)])
-    mean = runs.score_texts(base, rewards, [text.collate(data, torch.tensor([0]))])["nll"]
-    assert ours[-1][0] == pytest.approx(-mean * len(y), abs=1e-4)
+    model, prompt, length = mixture(base, [(2.5, reward)]), [5, 7, 9, 11], 3
+    best, = model.generate([prompt], 10**6, model.room, new_tokens=length, temperature=0.0, top_p=1.0)
+    requests = [best, *([*best[:k], best[k] - 1, *best[k + 1:]] for k in range(length))]
+    results = model._loglikelihood_tokens([(None, prompt, answer) for answer in requests])
+    assert [greedy for _, greedy in results] == [True, False, False, False]
+    for answer, (score, _) in zip(requests, results):
+        ids = torch.tensor([prompt + answer])
+        log_probs = prt.tilt(base(ids)[0], 2.5 * reward(ids)[0])[len(prompt) - 1:-1]
+        assert score == pytest.approx(log_probs[range(length), answer].sum().item(), abs=1e-4)
 
 
-def test_the_greedy_continuation_is_marked(models):
-    model, context = mixture(models[0]), " Tom has 7 apples."
-    prompt = model.tok_encode(context)
-    ids, = model.generate([prompt], model.eot_token_id, model.room, new_tokens=3, temperature=0.0, top_p=1.0)
-    others = [[*ids[:k], ids[k] - 1, *ids[k + 1:]] for k in range(3)]
-    (best, is_greedy), *rest = model._loglikelihood_tokens([(None, prompt, x) for x in (ids, *others)])
-    assert is_greedy and not any(greedy for _, greedy in rest)
-
-
-def test_batches_give_the_same_as_requests_one_by_one(models):
-    """Catches: Padding is attended to, or results return in the order of lengths, or of settings."""
-    base, reward = models
-    one, many = (mixture(base, [(1.0, reward)], batch=batch) for batch in (1, 5))
-    for kind, requests in dict(loglikelihood=PAIRS, loglikelihood_rolling=TEXTS).items():
-        a, b = (torch.tensor(ask(model, kind, *requests)) for model in (one, many))
-        assert torch.allclose(a, b, atol=1e-3, rtol=1e-6)
-    settings = [dict(until=[" a"], max_gen_toks=5), dict(max_gen_toks=9)]  # in turn
-    requests = [(context, settings[i % 2]) for i, (context, _) in enumerate(PAIRS)]
-    answers = [ask(one, "generate_until", request)[0] for request in requests]
-    assert len({*answers}) > 3 and ask(many, "generate_until", *requests) == answers
-
-
-def test_a_long_context_is_truncated_on_the_left(models):
-    """Catches: The end of the context is dropped, or room for one token less or more is left."""
-    base, _ = models
-    model, room = mixture(base), base.arch["positions"]
-    context, answer = [5 + i % 300 for i in range(2 * room)], [7, 8, 9]
-    (score, _), = model._loglikelihood_tokens([(None, context, answer)])
-    expected = log_probs(base, [], (context + answer)[-room - 1:-1])[-3:].gather(
-        -1, torch.tensor(answer)[:, None]).sum().item()
-    assert score == pytest.approx(expected, abs=1e-4)
-    continuation, = ask(model, "generate_until", (model.tokenizer.decode(context), dict(max_gen_toks=10)))
-    prompt = model.tok_encode(model.tokenizer.decode(context))[-(room - 10):]
-    ids = prt.generate(base, [], torch.tensor([prompt]), length=10)[0, len(prompt):].tolist()
-    ids = ids[:ids.index(model.eot_token_id)] if model.eot_token_id in ids else ids
-    assert continuation == model.tokenizer.decode(ids)
-
-
-@pytest.mark.parametrize("speculative", [False, True])
-def test_generation_ends_after_a_stop_string(models, monkeypatch, speculative):
+def test_generation_ends_after_a_stop_string(models, monkeypatch):
     """Catches: Each answer is generated up to its greatest length, and most of it is thrown away."""
-    base, reward = models
-    model, steps = mixture(base, [(1.0, reward)] if speculative else [], speculative=speculative), []
+    model, steps, features = mixture(models[0]), [], type(models[0]).features
     whole, = ask(model, "generate_until", (" Tom has", dict(max_gen_toks=100)))
-    features = type(base).features
-    monkeypatch.setattr(type(base), "features", lambda *args: steps.append(1) or features(*args))
-    until = whole[3:5]
-    answer, = ask(model, "generate_until", (" Tom has", dict(max_gen_toks=100, until=["", until])))
-    assert answer == whole.split(until)[0]
-    assert speculative or len(steps) < 20
+    monkeypatch.setattr(type(models[0]), "features", lambda *args: steps.append(1) or features(*args))
+    answer, = ask(model, "generate_until", (" Tom has", dict(max_gen_toks=100, until=["", whole[3:5]])))
+    assert answer == whole.split(whole[3:5])[0] and len(steps) < 20
 
 
 def test_a_task_may_sample(models):
     """Catches: The temperature of a task or --seed is ignored, or do_sample: false is."""
-    hot, requests = dict(do_sample=True, temperature=2.0, max_gen_toks=9), [" Tom has", " Eva has 4 bags"]
-
     def answers(settings, **flags):
-        return ask(mixture(*models[:1], **flags), "generate_until", *((x, settings) for x in requests))
+        return ask(mixture(models[0], **flags), "generate_until", (" Tom has", settings), (" Eva", settings))
 
+    hot = dict(do_sample=True, temperature=2.0, max_gen_toks=9)
     assert answers(hot) == answers(hot) != answers(hot, seed=1)
     greedy = answers(dict(max_gen_toks=9))
     assert greedy == answers(hot | dict(do_sample=False)) == answers(hot | dict(top_p=1e-9)) != answers(hot)
 
 
 def test_speculative_decoding_gives_the_same_continuations(models, monkeypatch):
-    """Catches: --speculative has no effect on tasks, or changes their answers."""
-    base, reward = models
-    requests, calls = [(context, dict(until=[" a"], max_gen_toks=12)) for context, _ in PAIRS], []
-    plain = ask(mixture(base, [(1.0, reward)]), "generate_until", *requests)
-    assert len({*plain}) > 3
-    speculative = decode.speculative
+    """Catches: --speculative has no effect on tasks, or changes their answers, which then have no end."""
+    calls, speculative = [], decode.speculative
     monkeypatch.setattr(decode, "speculative", lambda *args, **options: calls.append(1) or speculative(
         *args, **options))
-    assert ask(mixture(base, [(1.0, reward)], speculative=True), "generate_until", *requests) == plain
-    assert calls
+    requests = [(context, dict(until=[" a"], max_gen_toks=12)) for context, _ in PAIRS]
+    plain, fast = (ask(mixture(models[0], [(1.0, models[1])], speculative=x), "generate_until", *requests)
+                   for x in (False, True))
+    assert fast == plain and len({*plain}) > 3 and calls
 
 
 # Tasks from files to tables
@@ -248,9 +167,7 @@ output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_target: "{{label}}"
 doc_to_choice: "{{choices}}"
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 ANSWER = """
 output_type: generate_until
@@ -272,31 +189,26 @@ metric_list:
 
 def write_task(folder, name, yaml, rows):
     """Writes a task and its data; returns the path of its .yaml file."""
+    data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / name}.jsonl}}}}\n"
     (folder / f"{name}.jsonl").write_text(jsonl(rows))
-    (folder / f"{name}.yaml").write_text(f"""task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder / name}.jsonl}}}}
-test_split: test
-metadata: {{version: 1}}
-{yaml}""")
+    head = f"task: {name}\ntest_split: test\nmetadata: {{version: 1}}\n"
+    (folder / f"{name}.yaml").write_text(head + data + yaml)
     return folder / f"{name}.yaml"
 
 
 @pytest.fixture
 def tasks(models, tmp_path):
-    """Paths of a task of each kind. The base answers every second question with the expected text."""
-    base, _ = models
-    questions = [" Tom has 7 apples.", " Eva has 4 bags.", " Ben picks 3 stones and then 5 more.", " 3 + 4 ="]
-    settings = dict(until=["apples", " are"], max_gen_toks=6)
-    answers = ask(mixture(base), "generate_until", *((question, settings) for question in questions))
-    choices = [[" How many?", " 7", " Now it is 9 in all."], [" 48", " How"], [" 8", " How many? 3 + 5 = 8"]]
-    data = dict(choice=[dict(question=question, choices=options, label=i % 2)
-                        for i, (question, options) in enumerate(zip(questions, choices))],
-                answer=[dict(question=question, answer=answer if i % 2 else "no")
-                        for i, (question, answer) in enumerate(zip(questions, answers))],
-                perplexity=[dict(text=" 3 + 4 = 7"), dict(text=" Eva has 4 bags.")])
-    yaml = dict(choice=CHOICE, answer=ANSWER, perplexity=PERPLEXITY)
-    return [write_task(tmp_path, name, yaml[name], rows) for name, rows in data.items()]
+    """Paths of a task of each kind. The base is right in every second question."""
+    model = mixture(models[0])
+    questions = [" Tom has 7 apples.", " Eva has 4 bags.", " Ben picks 3.", " 3 + 4 ="]
+    settings, choices = dict(until=["apples", " are"], max_gen_toks=6), [" How many?", " 7"]
+    answers = ask(model, "generate_until", *((x, settings) for x in questions))
+    scores = ask(model, "loglikelihood", *((x, choice) for x in questions for choice in choices))
+    docs = [dict(question=x, choices=choices, label=int((b > a) == i % 2), answer=answer if i % 2 else "no")
+            for i, (x, answer, a, b) in enumerate(zip(questions, answers, scores[::2], scores[1::2]))]
+    texts = [dict(text=" 3 + 4 = 7"), dict(text=" Eva has 4 bags.")]
+    return [write_task(tmp_path, *task) for task in (
+        ("choice", CHOICE, docs), ("answer", ANSWER, docs), ("perplexity", PERPLEXITY, texts))]
 
 
 def bits_per_byte(model, *texts):
@@ -307,36 +219,27 @@ def bits_per_byte(model, *texts):
 
 def test_the_tables_have_a_row_for_each_way_to_use_the_models(models, tasks, report, capsys):
     """Catches: A row is scored with another row's models, or a score stands in another's column."""
-    about = report(*EVAL_LM, "--tasks", *tasks, "--tuned", TUNED, "--beta", 1, 0.5)
-    printed, (base, reward) = capsys.readouterr().out, models
-    old, tuned = weights.load(OLD), weights.load(TUNED)
+    about = report(*EVAL_LM, "--tasks", *tasks, "--tuned-source", TUNED_SOURCE, "--beta", 1, 0.5)
+    (base, reward), old, tuned = models, weights.load(OLD), weights.load(TUNED_SOURCE)
     rows = {(row["method"], row["beta"]): row["tasks"] for row in about["rows"]}
     expected = {("base alone", None): (base, []), ("base + reward (PRT)", 1): (base, [(1.0, reward)]),
                 ("base + reward (PRT)", 0.5): (base, [(2.0, reward)]), ("source alone", None): (old, []),
                 ("source + reward", 1): (old, [(1.0, reward)]), ("source fine-tuned", None): (tuned, []),
                 ("base + EFT", 1): (base, [(1.0, tuned), (-1.0, old)]),
                 ("base + EFT", 0.5): (base, [(2.0, tuned), (-2.0, old)])}
-    assert rows.keys() == expected.keys()
-    for key, (row_base, rewards) in expected.items():
-        expected_bits = bits_per_byte(mixture(row_base, rewards), " 3 + 4 = 7", " Eva has 4 bags.")
-        assert rows[key]["perplexity"]["bits_per_byte,none"] == expected_bits
-    assert len({row["perplexity"]["bits_per_byte,none"] for row in rows.values()}) == len(rows)
+    bits = {key: row["perplexity"]["bits_per_byte,none"] for key, row in rows.items()}
+    assert bits == {key: bits_per_byte(mixture(*x), " 3 + 4 = 7", " Eva has 4 bags.")
+                    for key, x in expected.items()}
+    assert len({*bits.values()}) == len(rows)
     assert rows["base alone", None]["answer"]["exact_match,strip"] == 0.5
-    docs = [json.loads(line) for line in tasks[0].with_suffix(".jsonl").read_text().splitlines()]
-    right = 0
-    for doc in docs:
-        pairs = [(doc["question"], choice) for choice in doc["choices"]]
-        scores = torch.tensor([score for score, _ in ask(mixture(base), "loglikelihood", *pairs)])
-        right += scores.argmax().item() == doc["label"]
-    assert rows["base alone", None]["choice"]["acc,none"] == pytest.approx(right / 3)
+    assert rows["base alone", None]["choice"]["acc,none"] == 0.5
     assert about["lm_eval"] == lm_eval.__version__ and about["examples"] == "all"
-    *lines, last = printed.splitlines()
-    headers = [re.split("  +", line) for line in lines if " beta " in line]
-    assert headers == [["choice", "beta", "acc", "std. err.", "acc_norm", "std. err."],
-                       ["answer", "beta", "exact_match,strip", "std. err."],
-                       ["perplexity", "beta", "word_perplexity", "bits_per_byte"]]
-    scores = rows["base + EFT", 0.5]["perplexity"]
-    assert re.split("  +", last) == ["base + EFT", "0.5", *(f"{x:.4f}" for x in scores.values())]
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [re.split("  +", line) for line in lines if " beta " in line] == [
+        ["choice", "beta", "acc", "std. err."], ["answer", "beta", "exact_match,strip", "std. err."],
+        ["perplexity", "beta", "word_perplexity", "bits_per_byte"]]
+    scores = rows["base + EFT", 0.5]["perplexity"].values()
+    assert re.split("  +", last) == ["base + EFT", "0.5", *(f"{x:.4f}" for x in scores)]
 
 
 def test_limit_is_the_number_of_examples_of_each_task(models, tasks, report):
@@ -349,14 +252,11 @@ def test_limit_is_the_number_of_examples_of_each_task(models, tasks, report):
 def test_the_template_is_that_of_the_reward_if_it_is_asked_for(in_texts, tmp_path, report, monkeypatch, chat):
     """Catches: A template is applied without the flag, another one than in training, or only in some rows."""
     assert call(*TUNE_LM, "--data", "talk.jsonl", "--steps", 1, "--out", tmp_path / "talk.pt") == 0
-    yaml = ANSWER + """num_fewshot: 1
-fewshot_config: {sampler: first_n, split: test}
-description: "Be brief.\\n\\n"
-gen_prefix: "Well,"
-"""
+    yaml = ANSWER + ('num_fewshot: 1\nfewshot_config: {sampler: first_n, split: test}\n'
+                     'description: "Be brief.\\n\\n"\ngen_prefix: "Well,"\n')
     docs = [dict(question="A?", answer="a"), dict(question="B {}?", answer="b")]
-    seen, tok_encode = [], harness.Mixture.tok_encode
-    monkeypatch.setattr(harness.Mixture, "tok_encode", lambda self, text, *args, **options: seen.append(
+    seen, tok_encode = [], harness.TiltedModel.tok_encode
+    monkeypatch.setattr(harness.TiltedModel, "tok_encode", lambda self, text, *args, **options: seen.append(
         text) or tok_encode(self, text, *args, **options))
     report(*EVAL_LM, "--reward", tmp_path / "talk.pt", "--tasks", write_task(tmp_path, "answer", yaml, docs),
            *["--apply-chat-template"] * chat)
@@ -365,22 +265,16 @@ gen_prefix: "Well,"
     assert len(seen) == 8 and seen[1::2] == [expected] * 4
 
 
-BAD = {"gsm9k": ("--tasks", "gsm9k", "lm_eval ls tasks"),
-       "{}/none.yaml": ("--tasks", "none.yaml"),
-       "{}/broken.yaml": ("--tasks: cannot be loaded",),
-       "{}/beams.yaml": ("--tasks", "num_beams"),
-       "{}/long.yaml": ("300 tokens", "256 positions"),
-       "{}/long_choice.yaml": ("--tasks", "256 positions")}
-
-
-@pytest.mark.parametrize("task", BAD)
-def test_a_bad_task_is_refused_in_one_line(in_texts, tmp_path, capfd, task):
+@pytest.mark.parametrize("task, yaml, words", [
+    ("gsm9k", None, ["gsm9k", "lm_eval ls tasks"]), ("broken", "\noutput_type: [", ["cannot be loaded"]),
+    ("beams", ANSWER.replace("do_sample: false", "num_beams: 4"), ["num_beams"]),
+    ("long", ANSWER.replace("max_gen_toks: 6", "max_gen_toks: 300"), ["300 tokens", "256 positions"]),
+    ("long choice", CHOICE, ["--tasks", "256 positions"])])
+def test_a_bad_task_is_refused_in_one_line(in_texts, tmp_path, capfd, task, yaml, words):
     """Catches: A traceback, or settings of a task that are ignored."""
-    questions = [dict(question=" Tom has", answer="7", choices=[" 7", " 8" * 300], label=0)]
-    (tmp_path / "broken.yaml").write_text("task: broken\noutput_type: [")
-    write_task(tmp_path, "beams", ANSWER.replace("do_sample: false", "num_beams: 4"), questions)
-    write_task(tmp_path, "long", ANSWER.replace("max_gen_toks: 6", "max_gen_toks: 300"), questions)
-    write_task(tmp_path, "long_choice", CHOICE, questions)
-    code = call(*EVAL_LM, "--tasks", task.format(tmp_path))
+    if yaml:
+        docs = [dict(question=" Tom has", answer="7", choices=[" 7", " 8" * 300], label=0)]
+        task = write_task(tmp_path, "x", yaml, docs)
+    code = call(*EVAL_LM, "--tasks", task)
     err = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
-    one_line(code, "\n".join(err), *BAD[task])
+    one_line(code, "\n".join(err), *words)

@@ -58,7 +58,7 @@ def test_the_lecture_quotes_what_is_in_the_file(file, function, quote):
 def test_the_lecture_quotes_the_method():
     """Catches: No quote is recognized, so that none is checked."""
     names = {function for file, function, _ in QUOTES if file == "prt.py"}
-    assert names == {"tilt", "reward", "prt_loss", "fit", "mixture", "generate"}
+    assert names == {"tilt", "reward", "prt_loss", "fit", "combine", "generate"}
 
 
 def differences(printed, expected):

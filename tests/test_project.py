@@ -13,9 +13,8 @@ import torch
 from conftest import ROOT, png
 
 import prt
-import train_lm
 from data import files, images
-from models import runs, weights
+from models import pretrain, scores, weights
 from models.clip import classifier
 from models.gpt import GPT
 
@@ -268,7 +267,7 @@ def test_a_link_in_a_markdown_file_leads_to_a_file_and_a_heading(name, link):
 def test_the_links_of_all_markdown_files_are_found():
     """Catches: The test above has no links to check."""
     names = {name for name, _ in LINKS}
-    assert names >= {"README.md", "data/README.md", "models/README.md", "tests/README.md"}
+    assert names >= {"README.md", "data/README.md", "models/README.md", "tests/README.md", "tests/RESULTS.md"}
 
 
 def block(word):
@@ -289,11 +288,11 @@ def test_the_readme_counts_right_colors_and_right_forms(code, in_shapes, capsys)
     printed = capsys.readouterr().out.splitlines()
     data = images.load("shapes", "test", 32)
     prompts = images.prompts(data.classes, data.templates)
-    r = runs.predict(weights.load("out/shapes-0/reward.pt"), data.images)
+    r = scores.predict(weights.load("out/shapes-0/reward.pt"), data.images)
     truth = [data.classes[label].split() for label in data.labels]
     expected = []
     for name in ("old", "new"):
-        logits = runs.predict(classifier(weights.load(f"out/shapes-0/{name}.pt"), prompts), data.images)
+        logits = scores.predict(classifier(weights.load(f"out/shapes-0/{name}.pt"), prompts), data.images)
         for title, scores in (("alone", logits), ("+ reward", prt.tilt(logits, r))):
             answers = [data.classes[answer].split() for answer in scores.argmax(-1)]
             color, form = (sum(a[i] == t[i] for a, t in zip(answers, truth)) / len(truth) for i in (0, 1))
@@ -303,7 +302,7 @@ def test_the_readme_counts_right_colors_and_right_forms(code, in_shapes, capsys)
 
 def random_gpt(seed):
     torch.manual_seed(seed)
-    return GPT(train_lm.SIZES["old"] | dict(vocab=40, end=39)).eval()
+    return GPT(pretrain.GPTS["old"] | dict(vocab=40, end=39)).eval()
 
 
 @block("RewardProcessor")

@@ -19,11 +19,12 @@ from helpers import load, write_safetensors
 import models
 import train_lm
 import train_vision
-from data import images, text
+from data import hub, text_files
 from models.clip import CLIP
 
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PAGES = [(ROOT / folder / "README.md").read_text() for folder in ("", "data", "models", "tests")]
+PAGES = [(ROOT / f"{name}.md").read_text()
+         for name in ("README", "data/README", "models/README", "tests/README", "tests/RESULTS")]
 DOCSTRINGS = "".join(script.__doc__ for script in SCRIPTS.values())
 # Bash functions that print each command line as words between zero bytes, instead of running it.
 PRINT = """
@@ -112,7 +113,7 @@ def write_clip(folder, seed, file):
     """
     folder.mkdir()
     torch.manual_seed(seed)
-    tensors = CLIP(train_vision.TINY | dict(text_width=16)).state_dict()
+    tensors = CLIP(pretrain.TINY | dict(text_width=16)).state_dict()
     config = dict(model_cfg=dict(embed_dim=64, vision_cfg=dict(head_width=32), text_cfg=dict(heads=2)),
                   preprocess_cfg=dict(mean=[0.5] * 3, std=[0.25] * 3))
     (folder / "open_clip_config.json").write_text(json.dumps(config))
@@ -187,7 +188,7 @@ def test_the_recipe_on_images(hub, tmp_path, monkeypatch, capsys):
         *SOURCE]
     reward, tuned = (read(tmp_path / f"out/cifar100-{method}.pt") for method in ("prt", "ft"))
     assert [reward["method"], tuned["method"]] == ["prt", "ft"]
-    assert reward["source"] == tuned["source"] == train_vision.LAION400M
+    assert reward["source"] == tuned["source"] == train_vision.PAPER["source"]
     assert json.loads((tmp_path / "table.json").read_text())["base"] == [*CLIPS][2]
     assert {path.split("/resolve/")[0][1:] for path, _ in hub.seen} == {*CLIPS, f"kriz/{archive.name}"}
 
@@ -197,7 +198,7 @@ def test_the_recipe_on_images(hub, tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def few_problems(monkeypatch):
     """Leaves only the first rows of a file."""
-    rows = text.rows
+    rows = text_files.jsonl_rows
     monkeypatch.setattr(text, "rows", lambda path: itertools.islice(rows(path), 16))
 
 
@@ -230,5 +231,5 @@ def test_the_recipe_on_text(hub, tmp_path, few_problems, harness, capsys):
     assert "\nbase alone:" in printed and "\nbase + reward (PRT):" in printed  # the answers to --prompt
     assert "are cut to the tokenizer's 1503" in printed  # the output matrices of both Qwens
     assert [read(tmp_path / f"out/{name}.pt")["source"] for name in ("gsm8k-prt", "gsm8k-ft", "falcon")] == [
-        train_lm.PAPER["base"]] * 2 + ["tiiuae/Falcon3-1B-Base"]
+        train_lm.PAPER["source"]] * 2 + ["tiiuae/Falcon3-1B-Base"]
     assert {path.split("/resolve/")[0][1:] for path, _ in hub.seen} == {*gpts}

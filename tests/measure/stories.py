@@ -1,12 +1,12 @@
 """PRT on real language weights: stories260K, a GPT of 260,000 parameters, learns to tell in the first person.
 
-python tests/stories.py write tinystories.json stories     a list of TinyStories -> stories/{book,train,test}
-python tests/stories.py count stories --reward s/reward.pt --base s/new.pt --tuned s/tuned.pt
+python tests/measure/stories.py write tinystories.json stories     makes stories/{book,train,test}.*
+python tests/measure/stories.py count stories --reward s/reward.pt --base s/new.pt --tuned-source s/tuned.pt
 
-`write` puts a fifth of the stories, those with one person, into the first person, after their first sentence,
-which is the prompt; book.txt holds all others as they are. `count` prints how many of the stories that the
-models sample for the test prompts are told in the first person: outside of quotation marks, "I" is more
-frequent than "he" and "she" together. README.md beside this file has the commands in between.
+`write` takes a JSON list of TinyStories and puts a fifth of them, those with one person, into the first
+person, after their first sentence, which is the prompt; book.txt holds all others as they are. `count` prints
+how many of the stories that the models sample for the test prompts are told in the first person: outside of
+quotation marks, "I" is more frequent than "he" and "she" together. The commands in between: tests/RESULTS.md
 """
 import argparse
 import json
@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from data import files, text
 from eval import Row, generate_answers, tilted_row
-from models import flags, runs, weights
+from models import flags, gpt, runs, weights
 
 PRONOUNS = {r"[Ss]he|[Hh]e": "I", r"(?:her|him)(?=[.,;!?]| and | to | that | with | for )": "me",
             "her|his": "my", "Her|His": "My", "him": "me", "herself|himself": "myself"}
@@ -71,7 +71,7 @@ def score(args):
     reward, base = weights.load(args.reward, "prt"), weights.load(args.base, "base")
     ref, tuned = weights.load(reward.info["source"], "base"), weights.load(args.tuned, "ft")
     named = {args.reward: reward, args.base: base, reward.info["source"]: ref, args.tuned: tuned}
-    tokenizer, end = weights.same_vocabulary(named), reward.arch["end"]
+    tokenizer, end = gpt.same_vocabulary(named), reward.arch["end"]
     eft = [(tuned.info["beta"], tuned), (-tuned.info["beta"], ref)]
     rows = [Row("source alone", None, ref, ref, []), Row("source fine-tuned", None, tuned, tuned, []),
             Row("new alone", None, base, base, []),

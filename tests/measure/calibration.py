@@ -1,6 +1,6 @@
 """Why EFT breaks on overconfident networks, and what a temperature changes: a look at held-out images.
 
-python tests/calibration.py --shift negatives --seeds 0 1
+python tests/measure/calibration.py --shift negatives --seeds 0 1
 
 For PRT's reward and EFT's log-ratio, each as real_weights.py makes it, prints means over the seeds:
   alone     the top-1 of the correction by itself
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from real_weights import BETAS, REWARDS
 
 import prt
-from models import flags, runs
+from models import flags, runs, scores
 
 TEMPERATURES = [2 ** (k / 4) for k in range(-8, 13)]  # 0.25 to 8
 SHOWN = (0.25, *BETAS, 8.0, 16.0)
@@ -32,7 +32,7 @@ class Calibrated(torch.nn.Module):
     def __init__(self, network, pixels, labels):
         super().__init__()
         self.network, self.size, self.mean = network, network.size, network.mean
-        logits = runs.predict(network, pixels).cpu()
+        logits = scores.predict(network, pixels).cpu()
         self.temperature = min(TEMPERATURES, key=lambda t: F.cross_entropy(logits / t, labels))
 
     def forward(self, x):
@@ -60,7 +60,7 @@ def figures(method, logits, labels):
     log_probs = {beta: prt.tilt(logits["new"], correction, beta) for beta in SHOWN}
     right = {beta: (x.argmax(-1) == labels).float() for beta, x in log_probs.items()}
     nll = {beta: F.nll_loss(x, labels, reduction="none") for beta, x in log_probs.items()}
-    return torch.stack([torch.tensor(runs.accuracy(correction, labels)), (tails[0] & tails[1]).float().mean(),
+    return torch.stack([torch.tensor(scores.accuracy(correction, labels)), (tails[0] & tails[1]).float().mean(),
                         *(x.mean() for x in right.values()), with_few_images(right, nll, 50)])
 
 
@@ -68,7 +68,7 @@ def run(args, seed, calibrated):
     """Returns method -> figures of a seed; prints the temperatures."""
     networks = dict(old=real_weights.Network(args.old, args.size[0]).to(args.device),
                     new=real_weights.Network(args.new, args.size[1]).to(args.device))
-    used_i, held_out_i = runs.hold_out(len(real_weights.photographs(args, "train", args.size[0])[1]), 0.2)
+    used_i, held_out_i = runs.split(len(real_weights.photographs(args, "train", args.size[0])[1]), 0.2)
     if calibrated:
         for name, network in networks.items():
             data = (x[used_i] for x in real_weights.photographs(args, "train", network.size))
@@ -80,8 +80,8 @@ def run(args, seed, calibrated):
     logits = {}
     for name, network in networks.items():
         pixels, labels = (x[held_out_i] for x in real_weights.photographs(args, "train", network.size))
-        logits[name] = runs.predict(network, pixels).cpu()
-    top1 = {name: f"{runs.accuracy(logits[name], labels):.1%}" for name in ("old", "tuned", "new")}
+        logits[name] = scores.predict(network, pixels).cpu()
+    top1 = {name: f"{scores.accuracy(logits[name], labels):.1%}" for name in ("old", "tuned", "new")}
     print(f"held-out top-1 of each network alone: {top1}")
     return {method: figures(method, logits, labels) for method in REWARDS}
 

@@ -1,10 +1,10 @@
 """Draws the README's figures.
 
-python tests/figures.py bytes table.json data/bytes.png       accuracy over bytes, from eval.py --json
-python tests/figures.py answer out/arithmetic-0 "Eva has 4 bags of 12 eggs each. How many?" data/answer.png
+python tests/measure/figures.py bytes table.json data/bytes.png
+python tests/measure/figures.py answer out/arithmetic-0 "Eva has 4 bags of 12 eggs each. How many?" x.png
 
-The first needs a table with rewards of several kinds, so that it has their bytes. The second draws what
-eval.py --prompt prints in a terminal, with its colors.
+The first draws accuracy over bytes, from a table of eval.py --json with rewards of several kinds, so that it
+has their bytes. The second draws what eval.py --prompt prints in a terminal, with its colors.
 """
 import contextlib
 import io
@@ -17,10 +17,10 @@ from unittest import mock
 
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import eval as eval_script
 from data import files
-from models import runs
+from models import flags, runs
 
 GRAY, BLUE = "#dddddd", "#0077bb"
 # What the README calls the rows and files.
@@ -121,11 +121,14 @@ def save(sheet, path):
 
 
 def main():
-    kind, *arguments = sys.argv[1:] or [""]
-    draw = dict(bytes=draw_bytes, answer=draw_answer).get(kind)
-    if draw is None or len(arguments) != dict(bytes=2, answer=3)[kind]:
-        raise ValueError(f"usage: {__doc__.splitlines()[2]}, or {__doc__.splitlines()[3]}")
-    draw(*arguments)
+    p = flags.parser(__doc__)
+    pictures = p.add_subparsers(dest="picture", required=True)
+    for name, words in dict(bytes=("table", "path"), answer=("run", "prompt", "path")).items():
+        picture = pictures.add_parser(name)
+        for word in words:
+            picture.add_argument(word)
+    arguments = vars(p.parse_args())
+    dict(bytes=draw_bytes, answer=draw_answer)[arguments.pop("picture")](**arguments)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Speed and memory as ratios: both sides are measured in one process, in turns, and medians are compared.
 
-python tests/bench.py                                     GPT-2 and ViT-B-16, random weights
-python tests/bench.py --only speculative --reward out/reward.pt --base out/large.pt --ref out/small.pt
-python tests/bench.py --only decode --text small --compile
-python tests/bench.py --image ViT-L-14 --text qwen2.5-1.5b --batch 128 --json bench.json       on a GPU
-python tests/bench.py --only decode text_forward --text qwen2.5-7b                             on a GPU
+python tests/measure/bench.py                                   GPT-2 and ViT-B-16, random weights
+python tests/measure/bench.py --only speculative --reward out/reward.pt --base out/large.pt --source out/small.pt
+python tests/measure/bench.py --only decode --text small --compile
+python tests/measure/bench.py --image ViT-L-14 --text qwen2.5-1.5b --batch 128 --json bench.json    on a GPU
+python tests/measure/bench.py --only decode text_forward --text qwen2.5-7b                          on a GPU
 
 If open_clip or transformers is installed, their models are compared with ours on the same weights. A ratio
 that could not be measured is left out.
@@ -32,22 +32,20 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import prt
-import train_lm
-import train_vision
-from data import images, text
+from data import image_files, images, text
+from data.tokenizer import Tokenizer
 from models import decode as decoding
 from models import runs, tickets, weights
 from models.clip import CLIP, Classifier, Preprocess, image_tower
 from models.gpt import GPT
-from models.tokenizer import Tokenizer
 
 PROC = Path("/proc/self")
 TICKET = dict(kind="random", keep=0.5, freeze=0.0, seed=0)
 TOWER = dict(embed_dim=512, text_width=512, text_layers=12, text_heads=8, context=77, vocab=49408,
              quick_gelu=False, mean=[0.5] * 3, std=[0.5] * 3)
-IMAGES = {"tiny": train_vision.TINY,
+IMAGES = {"tiny": pretrain.TINY,
           "ViT-B-16": TOWER | dict(image_size=224, width=768, layers=12, patch=16, heads=12),
           "ViT-L-14": TOWER | dict(embed_dim=768, image_size=224, width=1024, layers=24, patch=14, heads=16),
           "RN50": TOWER | dict(embed_dim=1024, image_size=224, width=64, layers=[3, 4, 6, 3], heads=32)}
@@ -65,7 +63,7 @@ def qwen2(width, layers, heads, kv_heads, mlp, vocab, tied):
                 end=151643, layer_norm=False, gated_mlp=True, qkv_bias=True, bias=False)
 
 
-TEXTS = {"tiny": train_lm.OLD | dict(vocab=550, end=549),
+TEXTS = {"tiny": pretrain.OLD | dict(vocab=550, end=549),
          "gpt2": gpt2(768, 12, 12), "gpt2-xl": gpt2(1600, 48, 25), "small": gpt2(256, 6, 4),
          "qwen2.5-0.5b": qwen2(896, 24, 14, 2, 4864, 151936, True),
          "qwen2.5-1.5b": qwen2(1536, 28, 12, 2, 8960, 151936, True),
@@ -122,7 +120,7 @@ def image_trainer(args, device, mode, make_optimizer=fused_adamw, **options):
     policy = Classifier(arch, image_tower(arch), head).eval().to(device)
     pixels = torch.randint(0, 256, (2 * args.batch, 3, size, size), dtype=torch.uint8, device=device)
     labels = torch.randint(0, 100, (len(pixels),), device=device)
-    cached = runs.predict(policy, pixels, args.batch) if mode in ("prt", "ticket") else None
+    cached = scores.predict(policy, pixels, args.batch) if mode in ("prt", "ticket") else None
     base = copy.deepcopy(policy).requires_grad_(False) if mode == "prt-augment" else None
     if mode == "ticket":
         tickets.convert(policy, TICKET)
@@ -299,8 +297,8 @@ def image_readers(args, device):
         for file, content in {"classnames.txt": "photo", "zeroshot_classification_templates.txt": "a {c}.",
                               "test/nshards.txt": "1"}.items():
             (root / file).write_text(content)
-        readers = dict(folder=lambda: images.folder(root, "train"),
-                       tar=lambda: images.webdataset(lambda file: root / file, "test"))
+        readers = dict(folder=lambda: image_files.folder(root, "train"),
+                       tar=lambda: image_files.webdataset(lambda file: root / file, "test"))
 
         def run(reader, threads):
             with mock.patch("data.images.THREADS", threads):
@@ -346,7 +344,7 @@ def transformers_text(ours):
                              rope_parameters=dict(rope_type="default", rope_theta=a["rope"]["theta"]))
     with torch.device(p.device):
         peer = AutoModelForCausalLM.from_config(config, dtype=p.dtype).eval().requires_grad_(False)
-    ours.load_state_dict(weights.gpt_tensors(peer.state_dict(), a))
+    ours.load_state_dict(gpt.renamed(peer.state_dict(), a))
     ids = torch.arange(5, 37, device=p.device)[None]
     print(f"largest difference of the logits {(ours(ids) - peer(ids).logits).abs().max().item():.1e}")
     return peer
@@ -418,7 +416,7 @@ def speculative(args, device):
     given = dict(reward=args.reward, base=args.base, tuned=args.tuned, ref=args.ref)
     models = {k: weights.load(path, dtype=runs.frozen_dtype(device)).to(device).requires_grad_(False)
               for k, path in given.items() if path}
-    tokenizer = weights.same_vocabulary(models)
+    tokenizer = gpt.same_vocabulary(models)
     base, reward, end = models["base"], models["reward"], models["reward"].arch["end"]
     examples = text.load(reward.info["data"], "test")[1][:args.prompts]
     prompts = [torch.tensor(text.token_ids(parts[:-1], tokenizer, end)[0], device=device)[None]
@@ -536,7 +534,7 @@ def training(args, device):
     for trainers in (text_runs, image_runs):
         plain, *others = alternate(device, args.repeats, *trainers.values())
         ratios |= {name: seconds / plain for name, seconds in zip(list(trainers)[1:], others)}
-    tokenizer = Tokenizer(train_lm.TOKENIZER.read_text(), "the embedded tokenizer")
+    tokenizer = Tokenizer(pretrain.TOKENIZER.read_text(), "the embedded tokenizer")
     data = text.encode(text.load("gsm8k", "train")[1], tokenizer, tokenizer.size - 1, 1024)
     shuffled = functools.partial(runs.shuffled, n=len(data.ids), batch=128, seed=0)
     lengths = [len(ids) for ids in data.ids]
@@ -553,7 +551,7 @@ def tokenizers(args, device):
     Both tokenizers are the tests' small ones: SentencePiece's with 800 pieces, Llama 3's with 1,500 tokens.
     """
     _, examples = text.load("gsm8k", "train")
-    folder, rates = Path(__file__).with_name("fixtures"), {}
+    folder, rates = Path(__file__).parents[1] / "fixtures", {}
     for name in ("llama2", "llama3"):
         file = folder / f"{name}_tokenizer/tokenizer.json"
         encoded = functools.partial(text.encode, examples, Tokenizer(file.read_text(), file), 2, 10**6)
@@ -573,8 +571,8 @@ if __name__ == "__main__":
     p.add_argument("--text", choices=TEXTS, default="gpt2")
     p.add_argument("--reward", help="of the part `speculative`: a trained reward on text")
     p.add_argument("--base", help="and the base to put it on")
-    p.add_argument("--tuned", help="and for EFT the source fine-tuned")
-    p.add_argument("--ref", help="and the source, which drafts with the reward")
+    p.add_argument("--tuned-source", help="and for EFT the source fine-tuned")
+    p.add_argument("--source", help="and the source, which drafts with the reward")
     p.add_argument("--batch", type=int, default=8, help="images in a step or a pass")
     p.add_argument("--texts", type=int, default=8, help="to train on in a step")
     p.add_argument("--length", type=int, default=64, help="of these texts")

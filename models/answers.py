@@ -1,0 +1,106 @@
+"""Generated answers to text: decoding in batches, the numbers in answers, and their colors."""
+import codecs
+import functools
+import os
+import re
+import sys
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import prt
+from data import text
+
+NUMBER = re.compile(r"#### *(-?[\d,]*\.?\d+)")  # GSM8K's form of an answer
+SHADES = ((4, 203), (2, 209), (1, 216), (0.5, 223), (0.1, 230))  # KL in nats -> terminal color
+
+
+class Decoding(NamedTuple):
+    """How answers are generated; the names are those of eval.py's flags."""
+
+    batch: int = 128
+    new_tokens: int | None = None  # None: 256, or fewer if the models have no room for them
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    speculative: bool = False
+    compile: bool = False
+
+
+def by_length(sequences, size):
+    """Returns the indices of sequences in lists of `size`, each of similar lengths."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    return [order[start:start + size] for start in range(0, len(order), size)]
+
+
+def batches(data, i, size):
+    """Returns the batches of the examples i [N] of text.Tokens, collated by similar lengths."""
+    return [text.collate(data, i[part]) for part in by_length([data.ids[k] for k in i], size)]
+
+
+def generate(row, prompts, how, end, room, until=(), to_text=None):
+    """Returns the answers (ids) to prompts (ids), in batches of similar lengths.
+
+    row: has a base, rewards as in prt.combine, and a drafter for decode.speculative. how: a Decoding. end:
+    the end token's id. room: the models' positions. until, to_text: as in sampling.stopping; answers may go
+    on after a stop string. Raises ValueError if there is no room for the answers.
+    """
+    device = next(row.base.parameters()).device
+    longest = max(map(len, prompts))
+    length = how.new_tokens or max(1, min(256, room - longest))
+    if longest + length > room:
+        raise ValueError(f"a prompt of {longest} and {length} tokens (--new-tokens) exceed {room} positions")
+    generator = torch.Generator(device).manual_seed(how.seed)
+    answers = [None] * len(prompts)
+    for batch in tqdm(by_length(prompts, how.batch), desc="generate", disable=None, leave=False):
+        T = len(prompts[batch[-1]])
+        pad = [T - len(prompts[i]) for i in batch]
+        ids = torch.tensor([[end] * n + prompts[i] for n, i in zip(pad, batch)], device=device)  # [B, T]
+        pad = torch.tensor(pad, device=device) if any(pad) else None
+        decode = decoder(row, how, generator, end, until, to_text)
+        new = decode(row.base, row.rewards, ids, length=length, end=end, pad=pad)[:, T:].tolist()
+        for i, ids in zip(batch, new):
+            answers[i] = ids[:ids.index(end)] if end in ids else ids
+    return answers
+
+
+def decoder(row, how, generator, end, until, to_text):
+    """Returns a function with the arguments of prt.generate that decodes one batch; arguments as above.
+
+    Speculation does without the stop strings `until`, and a base alone has nothing to draft with.
+    """
+    if how == Decoding(how.batch, how.new_tokens, seed=how.seed) and not any(until):
+        return prt.generate
+    from models import decode, sampling  # rooms that may be missing
+    if how.speculative and row.rewards:
+        return functools.partial(decode.speculative, temperature=how.temperature, top_p=how.top_p,
+                                 generator=generator, drafter=row.drafter, compile=how.compile)
+    draw = sampling.sampler(how.temperature, how.top_p, generator)
+    if any(until):
+        draw = sampling.stopping(draw, until, to_text, end)
+    return functools.partial(decode.compiled if how.compile else prt.generate, draw=draw)
+
+
+def final_number(answer):
+    """Returns the number in an answer of GSM8K's format, such as "#### 1,234", or None."""
+    match = NUMBER.search(answer)
+    return float(match[1].replace(",", "")) if match else None
+
+
+@torch.no_grad()
+def colored(row, prompt, answer, tokenizer):
+    """Returns the answer's text; the farther the row's rewards move a token (KL), the redder it is."""
+    ids = torch.tensor([prompt + answer], device=next(row.base.parameters()).device)
+    logits = {model: model.head(model.features(ids)[0, len(prompt) - 1:-1])  # [N, V]
+              for _, model in [(1.0, row.base), *row.rewards]}
+    kls = prt.kl(prt.combine(row.base, row.rewards, logits.get), logits[row.base]).tolist()
+    plain = "NO_COLOR" in os.environ or not sys.stdout.isatty()
+    output, largest, utf8 = "", 0.0, codecs.getincrementaldecoder("utf-8")("replace")
+    for token, kl in zip(answer, kls):
+        piece, largest = utf8.decode(tokenizer.bytes[token]), max(largest, kl)
+        if piece:  # a character may need several tokens
+            color = next((color for limit, color in SHADES if largest >= limit), None)
+            output += piece if plain or color is None else f"\033[48;5;{color}m\033[30m{piece}\033[0m"
+            largest = 0.0
+    return output + utf8.decode(b"", final=True)

@@ -1,0 +1,92 @@
+"""Bases from scratch (--method pretrain): a CLIP from captioned images, a GPT from text."""
+from pathlib import Path
+
+import torch
+
+import prt
+from data import files, images, text
+from data.clip_tokenizer import clip_tokens
+from models import runs, scores, weights
+
+TINY = dict(embed_dim=64, image_size=32, patch=8, width=64, layers=2, heads=2, text_width=64, text_layers=2,
+            text_heads=2, context=77, vocab=49408, mean=[0.5] * 3, std=[0.25] * 3, quick_gelu=False)
+CLIPS = dict(tiny=TINY, small=TINY | dict(width=128, layers=3, heads=4))
+LLAMA = dict(rope=dict(theta=10000.0), eps=1e-5, layer_norm=False, gated_mlp=True, qkv_bias=False, bias=False)
+OLD = LLAMA | dict(width=64, layers=2, heads=4, kv_heads=4, head_width=16, mlp=168, positions=256, tied=False)
+GPTS = dict(old=OLD, new=OLD | dict(width=96, layers=3, head_width=24, mlp=256),
+            large=OLD | dict(width=256, layers=8, head_width=64, mlp=688))
+TOKENIZER = Path(__file__).parents[1] / "data" / "tokenizer.json"
+
+
+def clip(args, device, state):
+    """Trains a CLIP from scratch; its contrastive loss compares the images and texts of a micro-batch.
+
+    state: the checkpoint to continue from, or None.
+    """
+    from models.clip import CLIP, classifier, resize
+    model = CLIP(CLIPS[args.size]).to(device)
+    size = model.arch["image_size"]
+    with files.lock():
+        data = images.load(args.data, "captioned" if args.data == "shapes" else "train", size)
+        test = images.load(args.data, "test", size)
+    if state and state["classes"] != data.classes:
+        raise ValueError(f"--resume: {args.out} was started with classes other than those of {args.data}")
+    pixels, captions = runs.move_if_it_fits(data.images, device), caption_tokens(data).to(device)  # [N, P, T]
+
+    def fetch(i, generator):
+        chosen = torch.randint(captions.shape[1], (len(i),), generator=generator)  # one caption per image
+        tokens = runs.take(captions.flatten(0, 1), i * captions.shape[1] + chosen, device)
+        x = runs.take(pixels, i, device)
+        x = images.augment(resize(x, size), generator) if args.augment else x
+        return (x, tokens), torch.arange(len(i), device=device).repeat(2), None
+
+    info = dict(kind="clip", arch=model.arch, classes=data.classes, templates=data.templates, data=args.data)
+    runs.shard(device, model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    start = weights.restore(model, optimizer, state)
+    history = prt.fit(
+        model, runs.batches(len(data.labels), args.hold_out, args.batch, args.seed), fetch,
+        optimizer=optimizer, steps=args.steps,
+        warmup=args.steps // 4 if args.warmup is None else args.warmup, accum=args.accum, seed=args.seed,
+        compile=args.compile, start=start, stop=runs.stopping, name=Path(args.out).stem,
+        save=lambda step: weights.save(args, info, model, optimizer, step, args.steps))
+    runs.after_training(args.out, history[-1]["step"], args.steps)
+
+    saved = weights.load(args.out, "base", text=False).to(device)
+    logits = scores.predict(classifier(saved, images.prompts(data.classes, data.templates)), test.images)
+    print(f"{args.out}: {scores.accuracy(logits, test.labels):.2%} on the test split")
+
+
+def caption_tokens(data):
+    """Returns the token ids [N, P, T] of the P texts that each image may be paired with."""
+    if data.captions:
+        return images.trim(clip_tokens(data.captions)).unsqueeze(1)
+    return images.prompts(data.classes, data.templates)[data.labels]
+
+
+def gpt(args, examples):
+    """Returns a GPT to train, new or that of --source, its tokenizer, its end token's id, and text.Tokens."""
+    from data.tokenizer import Tokenizer
+    from models.gpt import GPT, same_vocabulary
+    if args.source:
+        model = weights.load(args.source, "base", text=True)
+        tokenizer = same_vocabulary({f"--source {args.source}": model})
+    else:
+        tokenizer = Tokenizer(TOKENIZER.read_text("utf-8"), str(TOKENIZER))
+        model = GPT(GPTS[args.size] | dict(vocab=tokenizer.size, end=tokenizer.size - 1)).eval()
+    end = model.arch["end"]
+    if end is None:
+        raise ValueError(f"{args.source}: its config.json names no eos_token_id, which ends every text")
+    return model, tokenizer, end, blocks(examples, tokenizer, end, args.length)
+
+
+def blocks(examples, tokenizer, end, length):
+    """Returns Tokens in blocks of `length` ids: the texts, each with an end token, without the remainder."""
+    ids = []
+    for _, parts in examples:
+        texts = [part for part, _ in parts if part]
+        ids += [i for n, part in enumerate(texts) for i in tokenizer.encode(part, first=n == 0)] + [end]
+    ids = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    if length < 2 or not len(ids):
+        raise ValueError(f"--length {length}: must be at least 2 and at most the text's number of tokens")
+    return text.Tokens(list(ids), list(torch.ones_like(ids, dtype=torch.bool)))

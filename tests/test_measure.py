@@ -1,0 +1,110 @@
+"""The programs in tests/measure: that they start, and that their protocols hold."""
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import calibration
+import pytest
+import real_weights
+import stories
+import tickets
+import torch
+from conftest import FIXTURES, ROOT, call, call_main, output, write_webdataset
+from torch import nn
+
+from data import text
+
+TOM = 'Once there was a boy named Tom. Tom had his hat. "He is Tom," said a bird. He saw him. He ran.'
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests/measure").glob("*.py")), ids=lambda path: path.stem)
+def test_a_program_starts(path, tmp_path):
+    assert f"tests/measure/{path.name}" in output(path, "--help", cwd=tmp_path)
+
+
+def network(name, pretrained=False):
+    """Stands in for timm.create_model: a network with BatchNorm whose weights depend on its name."""
+    torch.manual_seed(len(name))
+    trunk = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                          nn.Flatten(), nn.Linear(16, 1000))
+    trunk.num_classes, trunk.pretrained_cfg = 1000, dict(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    return trunk
+
+
+@pytest.fixture
+def splits(tmp_path, monkeypatch):
+    """Images of 52 colors as the data, and small networks; the splits that are read from now on."""
+    colors = {name: (5 * i % 256, 40 * i % 256, 90 * i % 256) for i, name in enumerate(real_weights.CLASSES)}
+    read, photographs = [], real_weights.photographs
+    monkeypatch.setattr(real_weights, "photographs", lambda args, split, size: (
+        read.append(split), photographs(args, split, size))[1])
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=network))
+    monkeypatch.setattr(real_weights, "DEFAULTS", real_weights.DEFAULTS | dict(
+        old="a", new="bb", device="cpu", data=str(write_webdataset(tmp_path / "data", colors))))
+    monkeypatch.setattr(real_weights, "SIZES", (16, 20))
+    return read
+
+
+def test_networks_are_tuned_on_used_images_and_beta_is_chosen_on_held_out_ones(splits, monkeypatch, capsys):
+    """Catches: Held-out images are trained on, or beta is chosen on the test split (52 images)."""
+    tuned, chosen_on, choose = [], [], real_weights.choose
+    monkeypatch.setattr(real_weights, "tune", lambda args, seed, base, method, pixels, labels: (
+        tuned.append((base.size, method, len(labels))), (base, 1.0))[1])
+    monkeypatch.setattr(real_weights, "choose", lambda method, z, labels: (
+        chosen_on.append(len(labels)), choose(method, z, labels))[1])
+    assert call_main(real_weights.main, "real_weights.py") == 0
+    assert tuned == [(16, "prt", 125), (16, "ft", 125), (20, "ft", 125)] and chosen_on == [31, 31]
+    assert [line[:22].rstrip() for line in capsys.readouterr().out.splitlines()[-10:-2]] == [
+        "old alone", "old tuned", "new alone", "new tuned", "new + PRT, beta 1", "new + PRT, beta chosen",
+        "new + EFT, beta 1", "new + EFT, beta chosen"]
+
+
+def test_beta_is_chosen_by_accuracy_and_then_by_nll():
+    z = dict(new=torch.tensor([[1.0, 0.0], [0.0, 3.0]]), reward=torch.tensor([[-1.5, 0.0], [0.0, 1.0]]),
+             old=torch.zeros(2, 2), tuned=torch.tensor([[5.0, 0.0], [0.0, 5.0]]))
+    chosen = [real_weights.choose(method, z, torch.tensor([0, 1])) for method in ("PRT", "EFT")]
+    assert chosen == [4.0, 0.5]  # at 1 and below, PRT's first image is wrong; the lowest NLL of EFT
+
+
+def test_the_look_at_held_out_images_never_reads_the_test_split(splits, monkeypatch, capsys):
+    """Catches: The images that choose beta are scored, too, or choices are made on the test split."""
+    assert call_main(calibration.main, "calibration.py") == 0
+    assert set(splits) == {"train"} and "EFT, calibrated" in capsys.readouterr().out
+    right = {beta: torch.full((60,), float(beta == 2)) for beta in calibration.BETAS}
+    right[1.0][:30] = 1
+    assert 0.3 < calibration.with_few_images(right, {b: -x for b, x in right.items()}, 50, draws=20) < 0.7
+
+
+def test_stories_are_put_into_the_first_person_and_counted(tmp_path, capsys):
+    """Catches: A test story is trained on, or what is said in quotation marks is changed or counted."""
+    assert stories.first_person(TOM) == (
+        "Once there was a boy named Tom.", 'I had my hat. "He is Tom," said a bird. I saw me. I ran.')
+    assert stories.count("I", 'I ran. "I fell," I said. In it, Iris.') == 2
+    source, folder = tmp_path / "in.json", tmp_path / "out"
+    source.write_text(json.dumps([*(TOM.replace("hat", f"hat {i}") for i in range(8)), "A cat sat."]))
+    assert call_main(stories.main, "stories.py", "write", source, folder) == 0
+    train, test = ({parts[-1][0] for _, parts in text.load(str(folder), x)[1]} for x in ("train", "test"))
+    assert len(train) == 6 and len(test) == 2 and not train & test
+    assert (folder / "book.txt").read_text() == "A cat sat."
+    base = FIXTURES / "stories260k"
+    paths = [tmp_path / f"{method}.pt" for method in ("prt", "ft")]
+    for path in paths:
+        assert call("train_lm.py", "--data", folder, "--source", base, "--steps", 1, "--batch", 2, "--accum", 1,
+                    "--warmup", 0, "--length", 512, "--method", path.stem, "--out", path) == 0
+    assert call_main(stories.main, "stories.py", "count", folder, "--reward", paths[0], "--tuned-source", paths[1],
+                     "--base", base) == 0
+    assert "\nnew + reward (PRT) " in capsys.readouterr().out
+
+
+def test_tickets_are_measured_in_bytes_of_their_files(in_shapes, tmp_path, monkeypatch, capfd):
+    """Catches: As many weights are pruned as are locked, or a size is not that of the file."""
+    assert tickets.randomly_pruned(1000, dict(keep=0.3, freeze=0.4)) == (0, 600, 180)
+    monkeypatch.setitem(tickets.REWARDS, "shapes", dict(
+        ticket_random="--steps 2 --batch 8 --warmup 0 --ticket random"))
+    monkeypatch.setenv("PRT_CACHE", str(in_shapes.cache))
+    out = shutil.copytree("out", tmp_path / "out")
+    assert call_main(tickets.main, "tickets.py", "shapes", "--seeds", 0, "--out", out) == 0
+    printed = capfd.readouterr().out
+    for name in ("reward", "reward_bfloat16", "ticket_random"):
+        assert f"{name:20} {(out / f'shapes-0/{name}.pt').stat().st_size:9,.0f} bytes" in printed
