@@ -121,36 +121,38 @@ class Models(NamedTuple):
 def load_models(args, device):
     """Returns the Models, each checked for its role; source is None if not found and not needed by a flag."""
     dtype = runs.frozen_dtype(device)
-
-    def load(path, role, source=args.source):
-        model = weights.load(path, role, is_text, dtype, source).to(device)
-        if is_text or role != "base":
-            return model
-        from data import images
-        from models.clip import classifier
-        return classifier(model, images.prompts(info["classes"], info["templates"]))
-
-    is_text = None  # whatever the first reward is
-    rewards = [load(args.reward[0], "prt")]
-    info = rewards[0].info
+    reward = weights.load(args.reward[0], "prt", dtype=dtype, source=args.source)
+    info, name = reward.info, args.source or reward.info["source"]
     is_text = info["kind"] == "gpt"
-    rewards += [load(path, "prt") for path in args.reward[1:]]
-    base = load(args.base, "base")
-    name = args.source or info["source"]
+    others = [weights.load(path, "prt", is_text, dtype, args.source) for path in args.reward[1:]]
+    base = load_base(args.base, info, dtype, device)
+    tuned_source = args.tuned_source and weights.load(args.tuned_source, "ft", is_text, dtype, name)
+    tuned_base = args.tuned_base and weights.load(args.tuned_base, "ft", is_text, dtype, args.base)
     try:
-        source = base if name == args.base else load(name, "base")
+        source = base if name == args.base else load_base(name, info, dtype, device)
     except OSError as error:
         if args.source or args.tuned_source:
             raise
         print(f"the rows of the source are left out; --source names it: {error}")
         source = None
-    tuned_source = args.tuned_source and load(args.tuned_source, "ft", name)
-    tuned_base = args.tuned_base and load(args.tuned_base, "ft", args.base)
     tuned = (args.tuned_source, tuned_source, name), (args.tuned_base, tuned_base, args.base)
     for path, model, start in tuned:
         if model and Path(model.info["source"]).resolve() != Path(start).resolve():
             print(f"note: {path} was tuned from {model.info['source']}, but the table uses it with {start}")
-    return Models(rewards, base, source, tuned_source, tuned_base)
+    models = Models([reward, *others], base, source, tuned_source, tuned_base)
+    for model in models.given():
+        model.to(device)
+    return models
+
+
+def load_base(name, info, dtype, device):
+    """Returns a base for a reward, of which `info` is the metadata; for images, as a zero-shot classifier."""
+    model = weights.load(name, "base", info["kind"] == "gpt", dtype).to(device)
+    if info["kind"] == "gpt":
+        return model
+    from data import images
+    from models.clip import classifier
+    return classifier(model, images.prompts(info["classes"], info["templates"]))
 
 
 class Row(NamedTuple):
@@ -317,6 +319,8 @@ def text_answers(args, device, models):
     pairs = zip(names, (*models.rewards, *models[1:]))
     named = {name or info["source"]: model for name, model in pairs if model}
     tokenizer, room = same_vocabulary(named), min(model.arch["positions"] for model in models.given())
+    for model in models.given():  # also those of a path that is given twice
+        model.size = models.base.size
     how = answers.Decoding(args.batch, args.new_tokens, args.temperature, args.top_p, args.seed,
                            args.speculative, args.compile)
     held_out = []

@@ -1,7 +1,7 @@
 """Portable Reward Tuning (Chijiwa et al., ICML 2025, arXiv 2502.12776) in one file.
 
-Fine-tuning moves a base distribution toward labeled data. Portable reward tuning trains a separate network
-for this, the reward r(x, y) of a label y for an input x, with cross-entropy on
+Fine-tuning moves a base distribution toward labeled data. Portable reward tuning trains a separate network,
+the reward model, to give a reward r(x, y) to every label y of an input x, with cross-entropy on
 
     pi_r(y|x) = pi_base(y|x) exp(r(x, y) / beta) / Z(x)                                        (eq. 5, 6)
 
@@ -118,7 +118,7 @@ def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alph
     indices: deterministic function from a step to a LongTensor [batch] of example indices.
     fetch: function (indices [b] of a micro-batch, generator) -> (inputs, targets [N], the base's output if it
         is cached, else None), on the model's device. All its random numbers must come from the generator.
-    base: the frozen base. None: fetch returns its logits, or the base is uniform (plain cross-entropy).
+    base: the frozen base. None: `fetch` returns its logits, or it is uniform (plain cross-entropy).
     method: "prt" (pi_ref of `reward` is uniform), or "ft" (pi_ref is the base): plain fine-tuning.
     loss: function (base_logits, r, targets, beta, alpha) -> (sum of the losses, number of correct targets).
         `fit` divides by the number of targets in the batch, over all processes.
@@ -126,7 +126,7 @@ def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alph
     head: if given, model and base return features [N, D], and head(model, features) -> logits [N, L] is
         called for at most `chunk` targets at a time, for the base as well.
     warmup, decay: as in `schedule`. clip: maximum gradient norm. accum: micro-batches per step and process.
-    start: the number of finished steps, if model and optimizer come from a checkpoint.
+    start: the number of finished steps, if model and optimizer come from a checkpoint (with the peak rates).
     save: called with the number of finished steps, every save_every steps (default: steps // 4) and last.
     stop: called after every step. If it returns True, on all processes, `fit` saves and returns.
 
@@ -138,7 +138,10 @@ def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alph
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
     network, base_network = (torch.compile(m) if m and compile else m for m in (model, base))
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=next(model.parameters()).is_cuda)
+    cuda = next(model.parameters()).is_cuda
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=cuda)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()  # `log` shows the peak of this call
     if method == "ft" and loss is label_loss and not alpha:
         base_network = None  # the base cancels out of the loss, and need not run
     if head is None:
@@ -149,7 +152,7 @@ def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alph
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * schedule(step, steps, warmup, decay)
         batch = indices(step)
-        micro_batches, count = split(batch, fetch, accum, rank, world, seed, step)
+        micro_batches, count = fetch_micro_batches(batch, fetch, accum, rank, world, seed, step)
         for inputs, targets, base_features in micro_batches:
             with autocast:
                 features = network(*inputs)  # the logits, unless there is a head
@@ -160,15 +163,16 @@ def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alph
                 for part, base_part, y in chunks:
                     with autocast:
                         logits = head(model, part)
-                        uniform = logits.new_zeros(()).expand_as(logits)
-                        base_logits = uniform if base_part is None else head(base, base_part)
+                        with torch.no_grad():
+                            uniform = logits.new_zeros(()).expand_as(logits)
+                            base_logits = uniform if base_part is None else head(base, base_part)
                         r = reward(logits, base_logits if method == "ft" else None, beta)  # r(x, y)
                         loss_sum, correct = loss(base_logits, r, y, beta, alpha)  # -log pi_r(y|x)
                     (loss_sum * world / count).backward()  # times world: FSDP averages over the processes
                     totals.update(loss=loss_sum.detach(), correct=correct, targets=len(y))
                     if base_part is not None:
                         totals.update(kl=kl(tilt(base_logits, r.detach(), beta), base_logits).sum())
-                del logits, uniform, base_logits, r, loss_sum  # backward through the network needs the memory
+                del logits, uniform, base_logits, r, loss_sum  # frees memory for backward through the network
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         totals.update(norm=norm.full_tensor() if world > 1 else norm)
         optimizer.step()
@@ -188,18 +192,18 @@ def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alph
 
 
 def processes(model):
-    """Returns this process's rank and the number of processes; of several, the model must be sharded."""
+    """Returns the rank and the number of processes. Raises ValueError if there are several and no shards."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if world > 1 and not isinstance(model, FSDPModule):
         raise ValueError("more than one process, but the model is not sharded: call fully_shard on it first")
     return rank, world
 
 
-def split(batch, fetch, accum, rank, world, seed, step):
-    """Returns what `fetch` gives for each micro-batch of this process, and the targets of all processes.
+def fetch_micro_batches(batch, fetch, accum, rank, world, seed, step):
+    """Returns what `fetch` gives for each micro-batch of this process, and the number of all targets.
 
-    batch: indices [B]. Micro-batch i is the same, random numbers included, for any number of processes.
-    Raises ValueError if B is not a multiple of accum * world.
+    batch: indices [B], which are divided into accum * world micro-batches. These, and their random numbers,
+    depend on that product only. Raises ValueError if B is not a multiple of it.
     """
     if len(batch) % (accum * world):
         raise ValueError(f"a batch of {len(batch)} does not split into {accum} x {world} (processes)")
@@ -215,7 +219,7 @@ def split(batch, fetch, accum, rank, world, seed, step):
 
 @contextlib.contextmanager
 def in_chunks(features, base_features, targets, size):
-    """Gives (features, base features, targets) in parts of `size` rows; backward ends with the with block.
+    """Yields (features, base features, targets) in parts of `size` rows, and at its end runs backward.
 
     Each part of the features is detached: backward from its loss stops there, and frees the logits before the
     next ones are computed. At the end of the with block, the gradients that the parts have collected go
@@ -245,7 +249,7 @@ def log(bar, name, totals, logged, step, batch, clock):
     """Shows and returns the means over the steps since the last log step. Synchronizes the device.
 
     totals: sums by name over the steps logged + 1 to `step`. clock: the time when the first of them began.
-    Returns a dict of step; loss, accuracy, and KL of the tilt from the base (None if the base did not run),
+    Returns a dict of step; loss, accuracy, and KL of the tilt from the base (None without base logits),
     per target; the gradient norm, per step; and examples per_second. Raises FloatingPointError if loss or
     norm is not finite.
     """
@@ -260,7 +264,7 @@ def log(bar, name, totals, logged, step, batch, clock):
     norm, divergence = sums["norm"] / steps, sums["kl"] / sums["targets"] if "kl" in sums else None
     if not math.isfinite(loss + norm):
         raise FloatingPointError(f"steps {logged + 1} to {step}: loss {loss:.4g}, gradient norm {norm:.4g}; "
-                                 "the checkpoint is not changed. Start again with a lower learning rate")
+                                 "nothing was saved since. Start again with a lower learning rate")
     text = f"loss {loss:.4f}, accuracy {accuracy:.3f}, norm {norm:.3f}, "
     text += f"KL {divergence:.3f}, " if divergence is not None else ""
     text += f"{batch / seconds:.0f}/s (steps {logged + 1}-{step})"

@@ -2,14 +2,15 @@
 
 python train_lm.py                                          two small GPTs, a reward, and their table
 python train_lm.py --data gsm8k                             the paper's recipe: Qwen2.5-0.5B, one GPU
-python train_lm.py --data tulu.jsonl --length 4096          your own file (data/text.py lists the formats)
+python train_lm.py --data tulu.jsonl --length 4096          your own file (data/README.md lists the formats)
 python train_lm.py --data gsm8k --method ft                 plain fine-tuning of the source, for EFT
 python train_lm.py --data book.txt --method pretrain        a base of your own
 torchrun --nproc_per_node=8 train_lm.py --data gsm8k --accum 2
 
---beta is the unit of the reward, which is beta times the network's logits (the paper's lambda). It cancels
-out of the loss unless --alpha is set, the weight of the entropy of softmax(reward). Each process computes its
-part of --batch in --accum micro-batches. --chunk is by default what an eighth of a GPU's memory holds.
+Without --data, --source, and --method it makes the five models of models/examples.py. --beta is the unit of
+the reward, which is beta times the network's logits (the paper's lambda). It cancels out of the loss unless
+--alpha is set, the weight of the entropy of softmax(reward). Each process computes its part of --batch in
+--accum micro-batches. --chunk is by default what an eighth of a GPU's memory holds.
 """
 import contextlib
 import math
@@ -31,7 +32,7 @@ RECIPES = dict(prt=PAPER, ticket=PAPER | dict(lr=1e-2, keep=0.5, freeze=0.0),
 
 
 def parse(argv=None):
-    """Returns the arguments of a command line; only the seed has a default if no flag says what to train."""
+    """Returns the arguments of a command line; without one of --data, --source, and --method, as given."""
     p, run, recipe, machine = flags.training(__doc__, RECIPES, "3%% of the steps")
     run.add_argument("--data", help="arithmetic, gsm8k, a .jsonl, .parquet, or .txt file, or a folder with "
                      "train.* and test.* (default: arithmetic)")
@@ -53,7 +54,7 @@ def main():
     args = parse()
     device = runs.setup(args.device)
     if args.method is None:
-        from models import examples  # rooms that may be missing are imported where they are needed
+        from models import examples  # optional files are imported where they are needed
         examples.run(examples.TEXT, args, device, parse, train)
     else:
         train(args, device)

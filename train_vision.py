@@ -6,9 +6,10 @@ python train_vision.py --data cifar100 --method ft      plain fine-tuning of the
 python train_vision.py --data DIR --method pretrain     a base of your own, from captions
 torchrun --nproc_per_node=8 train_vision.py --data cifar100
 
---beta is the unit of the reward, which is beta times the network's logits (the paper's lambda). It cancels
-out of the loss unless --alpha is set, the weight of the entropy of softmax(reward). Each process computes its
-part of --batch in --accum micro-batches.
+Without --data, --source, and --method it makes the five models of models/examples.py. --beta is the unit of
+the reward, which is beta times the network's logits (the paper's lambda). It cancels out of the loss unless
+--alpha is set, the weight of the entropy of softmax(reward). Each process computes its part of --batch in
+--accum micro-batches.
 """
 import copy
 from pathlib import Path
@@ -28,7 +29,7 @@ RECIPES = dict(prt=PAPER, ticket=PAPER | dict(lr=1e-2, keep=0.5, freeze=0.0),
 
 
 def parse(argv=None):
-    """Returns the arguments of a command line; only the seed has a default if no flag says what to train."""
+    """Returns the arguments of a command line; without one of --data, --source, and --method, as given."""
     p, run, recipe, _ = flags.training(__doc__, RECIPES, "a quarter of the steps")
     run.add_argument("--data", help="shapes, cifar100, caltech101, flowers, resisc45, cars, aircraft, "
                      "country211, a Hub id, or a folder (default: shapes)")
@@ -44,7 +45,7 @@ def main():
     args = parse()
     device = runs.setup(args.device)
     if args.method is None:
-        from models import examples  # rooms that may be missing are imported where they are needed
+        from models import examples  # optional files are imported where they are needed
         examples.run(examples.VISION, args, device, parse, train)
     else:
         train(args, device)

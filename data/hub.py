@@ -32,11 +32,14 @@ def find(source, *names):
 
     Raises FileNotFoundError that names the source.
     """
-    folder = Path(source) if Path(source).exists() else files.CACHE / "hub" / source
+    is_local = Path(source).exists()
+    if not is_local and (not HUB_ID.fullmatch(source) or source.endswith((".pt", ".bin", ".safetensors"))):
+        raise FileNotFoundError(f"{source}: no such file or folder, and not a Hub id (org/name) either")
+    folder = Path(source) if is_local else files.CACHE / "hub" / source
     for name in names:
         if (folder / name).exists():
             return folder / name
-    for name in [] if Path(source).exists() else names:  # only files of a Hub id can be downloaded
+    for name in [] if is_local else names:  # only files of a Hub id can be downloaded
         with contextlib.suppress(FileNotFoundError):
             return hub(source, name)
     raise FileNotFoundError(f"{source}: holds no {' and no '.join(names)}")

@@ -28,7 +28,7 @@ class Tokenizer:
             added = {t["content"]: t["id"] for t in d.get("added_tokens") or ()}
             self.nfc, self.spaced = False, None
             if d["model"].get("byte_fallback"):
-                from data import sentencepiece  # a room that may be missing
+                from data import sentencepiece  # an optional file
                 self.to_ids, self.bytes, special, rules = sentencepiece.read(d, added)
                 self.spaced = sentencepiece.spaced_texts(d)
             else:

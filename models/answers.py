@@ -72,7 +72,7 @@ def decoder(row, how, generator, end, until, to_text):
     """
     if how == Decoding(how.batch, how.new_tokens, seed=how.seed) and not any(until):
         return prt.generate
-    from models import decode, sampling  # rooms that may be missing
+    from models import decode, sampling  # optional files
     if how.speculative and row.rewards:
         return functools.partial(decode.speculative, temperature=how.temperature, top_p=how.top_p,
                                  generator=generator, drafter=row.drafter, compile=how.compile)

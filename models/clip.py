@@ -97,7 +97,7 @@ def image_tower(arch):
     """Returns the image tower of an architecture, with random weights."""
     if isinstance(arch["layers"], int):
         return VisionTransformer(arch)
-    from models import convnets  # a room that may be missing
+    from models import convnets  # an optional file
     return convnets.image_tower(arch)
 
 
@@ -223,19 +223,20 @@ def read_folder(name):
     """Returns the architecture and tensors of a CLIP in OpenCLIP's layout; name: a folder or Hub id."""
     config = files.read_json(hub.find(name, "open_clip_config.json"))
     file = hub.find(name, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-    return from_state_dict(files.read(file), config)
+    return from_state_dict(file, files.read(file), config)
 
 
-def from_state_dict(content, config=None):
+def from_state_dict(name, content, config=None):
     """Returns the architecture and tensors of a state dict, bare or as OpenCLIP's training saves it.
 
-    config: that of open_clip_config.json. Without it, a printed line says what was assumed.
+    config: that of open_clip_config.json. Without it, a printed line that begins with name says what was
+    assumed.
     """
     tensors = {k.removeprefix("module."): v for k, v in content.get("state_dict", content).items()}
     arch = architecture(tensors, config or {})
     if config is None and not arch["quick_gelu"]:
         size = f", {arch['image_size']} pixels" if "widths" in arch else ""  # of others, the shapes tell it
-        print(f"a bare state dict without a configuration: taking GELU, CLIP's pixel mean{size}")
+        print(f"{name}: a bare state dict without a configuration: taking GELU, CLIP's pixel mean{size}")
     for name in ("input_resolution", "context_length", "vocab_size"):
         tensors.pop(name, None)
     tensors["logit_scale"] = tensors["logit_scale"].reshape(1)  # FSDP shards no scalars
@@ -261,7 +262,7 @@ def architecture(tensors, config):
                 text_heads=heads(text_width, text.get("heads", text_width / 64)),
                 context=len(tensors["positional_embedding"]), vocab=vocab)
     if "visual.class_embedding" not in tensors:
-        from models import convnets  # a room that may be missing
+        from models import convnets  # an optional file
         return arch | convnets.architecture(tensors, vision)
     width, _, _, patch = shape(tensors, "visual.conv1.weight", 4)
     grid = math.isqrt(len(tensors["visual.positional_embedding"]) - 1)

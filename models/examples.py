@@ -76,7 +76,7 @@ def unfinished(example, folder, args, parse):
     for number, stage in enumerate(example.stages, 1):
         stage_args = parse(stage.flags.format(folder=folder).split())
         run_args = flags.filled(vars(stage_args), args)
-        run_args.out = f"{folder / stage.name}.pt"
+        run_args.data, run_args.out = stage_args.data, f"{folder / stage.name}.pt"
         if stage_args.method != "prt":
             run_args.reward_init = None
         found = files.read(run_args.out, lazy=True) if Path(run_args.out).exists() else None

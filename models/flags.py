@@ -15,9 +15,10 @@ def training(doc, recipes, warmup):
     warmup: the default of --warmup, in words.
     """
     def default(flag):
-        reward, pretrain, ticket = (recipes[name].get(flag) for name in ("prt", "pretrain", "ticket"))
-        others = dict(pretrain=pretrain, ticket=ticket)
-        return f"(default: {reward}" + "".join(f"; {k}: {v}" for k, v in others.items() if v != reward) + ")"
+        reward, *others = (recipes[name].get(flag, "none") for name in ("prt", "pretrain", "ticket"))
+        others = [f"; {name}: {value or 0}" for name, value in zip(("pretrain", "ticket"), others)
+                  if value not in (reward, None)]
+        return f"(default: {reward}{''.join(others)})"
 
     p = parser(doc)
     run, recipe, ticket, machine = (p.add_argument_group(name)

@@ -250,7 +250,7 @@ def rope_parameters(config):
 def renamed(tensors, arch):
     """Returns a Hugging Face GPT's tensors with the names of this file, without copies and old buffers."""
     if arch["rope"] is None:
-        from models import gpt2  # a room that may be missing
+        from models import gpt2  # an optional file
         tensors = gpt2.renamed(tensors)
     tensors = {name.removeprefix("model."): x for name, x in tensors.items() if ".inv_freq" not in name}
     if arch["tied"]:

@@ -55,7 +55,7 @@ def interrupt(number, frame):
 def stopping():
     """Returns whether any process got a signal. All of them call this after the same step, and agree.
 
-    From the first call on, a signal waits for the next call.
+    From the first call on, a signal is deferred until the next call.
     """
     STOP.training = True
     number = torch.tensor(STOP.signal)  # on the CPU, so that a GPU is not synchronized

@@ -14,9 +14,8 @@ from data import files, hub
 
 ROLES = dict(base="a base", prt="a reward", ft="a fine-tuned model")  # role or method -> name in messages
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # saved as one process would save it
-# `text` of `load` -> the files of which the first that exists tells a folder's layout.
-LAYOUTS = {True: ["config.json"], False: ["open_clip_config.json"],
-           None: ["open_clip_config.json", "config.json"]}
+# The file that tells a folder's layout -> whether it is that of a model for text.
+LAYOUTS = {"open_clip_config.json": False, "config.json": True}
 MAY_CHANGE = {"resume", "device", "compile", "out"}  # flags that may change when a run is resumed
 
 
@@ -39,17 +38,17 @@ def load(name, role=None, text=None, dtype=torch.float32, source=None):
     try:
         if path.is_file():
             model = from_file(path, dtype, source)
-        elif hub.find(name, *LAYOUTS[text]).name == "config.json":
+        elif hub.find(name, *(k for k, v in LAYOUTS.items() if text in (None, v))).name == "config.json":
             from models import gpt
             info = dict(kind="gpt", tokenizer=gpt.tokenizer_text(name))
             model = build(info, *gpt.read_folder(name, dtype), dtype)
         else:
             from models import clip
             model = build(dict(kind="clip"), *clip.read_folder(name))
+        found, is_text = ROLES[model.info.get("method", "base")], model.info["kind"] == "gpt"
     except files.DAMAGE as error:
         reason = " ".join(str(error).split()).removeprefix(f"{name}: ")[:400]
         raise ValueError(f"{name}: not a supported model or checkpoint: {reason}") from None
-    found, is_text = ROLES[model.info.get("method", "base")], model.info["kind"] == "gpt"
     needed, text = ROLES[role] if role else found, is_text if text is None else text
     if (found, is_text) != (needed, text):
         kinds = {True: "text", False: "images"}
@@ -61,12 +60,12 @@ def from_file(path, dtype, source):
     """Returns the model in a checkpoint of this project or a bare CLIP state dict; arguments as in `load`."""
     with open(path, "rb") as f:
         if f.read(2) == b"\x1f\x8b":  # as every gzip file begins
-            from models import ticket_files  # a room that may be missing
+            from models import ticket_files  # an optional file
             return ticket_files.load(path, dtype, source)
     content = files.read(path)
     if "kind" not in content:
         from models import clip
-        return build(dict(kind="clip"), *clip.from_state_dict(content))
+        return build(dict(kind="clip"), *clip.from_state_dict(path, content))
     info = {k: v for k, v in content.items() if k not in ("model", "optimizer")}
     if "ticket" in info:
         raise ValueError("an unfinished ticket: continue its run with --resume")

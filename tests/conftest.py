@@ -24,7 +24,7 @@ REFUSED = "http://127.0.0.1:9"  # every address but that of the tests' own serve
 os.environ.update(http_proxy=REFUSED, https_proxy=REFUSED, no_proxy="127.0.0.1")
 for name in ("HF_TOKEN", "HF_ENDPOINT"):
     os.environ.pop(name, None)
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/measure")]
 torch.set_num_threads(1)
 
 import eval as eval_script

@@ -4,38 +4,21 @@ import math
 import shutil
 import sys
 from bisect import bisect
+from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    COLORS,
-    EVAL,
-    EVAL_LM,
-    NEW,
-    OLD,
-    REWARD,
-    TUNE_LM,
-    TUNED_BASE,
-    TUNED_SOURCE,
-    assert_refused,
-    call,
-    contents,
-    eval_script,
-    jsonl,
-    one_line,
-    output,
-    png,
-    read,
-)
+from conftest import COLORS, EVAL, EVAL_LM, NEW, OLD, REWARD, TUNE_LM, TUNED_BASE, call, contents, read
 from PIL import Image
 
+import eval as eval_script
 import prt
-from data import arithmetic, files, images, text
+from data import images, text
 from data.tokenizer import Tokenizer
-from eval import BETAS
-from models import runs, scores, weights
+from models import answers, runs, scores, weights
 from models.clip import classifier
 
 METHODS = ["base alone", "base + reward (PRT)", "source alone", "source + reward", "source fine-tuned",
@@ -69,8 +52,8 @@ def reports(shapes, texts, tmp_path_factory):
     results = {}
     for kind, run in dict(shapes=shapes, texts=texts).items():
         file, few = tmp_path_factory.mktemp("table") / "table.json", FEW if kind == "texts" else ()
-        printed = output("eval.py", "--run", RUNS[kind], "--beta", 0.5, 1, *few, "--json", file, "--device",
-                         "cpu", cwd=run.folder, cache=getattr(run, "cache", None))
+        printed = conftest.output("eval.py", "--run", RUNS[kind], "--beta", 0.5, 1, *few, "--json", file,
+                                  "--device", "cpu", cwd=run.folder, cache=getattr(run, "cache", None))
         results[kind] = json.loads(file.read_text()), printed
     return results
 
@@ -92,7 +75,7 @@ def test_the_table_has_a_row_for_each_way_to_use_the_models(kind, reports):
 
 def logits_and_labels(kind):
     """Returns name -> logits [N, L] of the models of a run for the data of `reports`, and the labels [N]."""
-    names = ("old", "new", "reward", "tuned", "oracle")
+    names = ("old", "new", "reward", "tuned_source", "tuned_base")
     models = {name: weights.load(f"{RUNS[kind]}/{name}.pt") for name in names}
     if kind == "shapes":
         data = images.load("shapes", "test", 32)
@@ -111,10 +94,11 @@ def test_the_figures_of_a_row_are_those_of_its_models(kind, reports):
     """Catches: beta multiplies, EFT adds the source, padding counts, KL is reversed or from another base."""
     about, printed = reports[kind]
     z, labels = logits_and_labels(kind)
-    eft = z["tuned"].log_softmax(-1) - z["old"].log_softmax(-1)
+    eft = z["tuned_source"].log_softmax(-1) - z["old"].log_softmax(-1)
     rows = [(z["new"], "new"), (z["new"] + z["reward"] / 0.5, "new"), (z["new"] + z["reward"], "new"),
-            (z["old"], "old"), (z["old"] + z["reward"], "old"), (z["tuned"], "old"),
-            (z["new"] + eft / 0.5, "new"), (z["new"] + eft, "new"), (z["oracle"], "new")]
+            (z["old"], "old"), (z["old"] + z["reward"], "old"),
+            (z["tuned_source"], "old"), (z["new"] + eft / 0.5, "new"), (z["new"] + eft, "new"),
+            (z["tuned_base"], "new")]
     accuracy = "top1" if kind == "shapes" else "accuracy"
     for row, (logits, base) in zip(about["rows"], rows, strict=True):
         log_probs, kl = logits.log_softmax(-1), prt.kl(logits.log_softmax(-1), z[base]).mean().item()
@@ -123,14 +107,14 @@ def test_the_figures_of_a_row_are_those_of_its_models(kind, reports):
         assert row[accuracy] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
     expected = prt.kl(z["old"].log_softmax(-1), z["new"]).mean().item()
     assert about["kl_of_bases"] == pytest.approx(expected, rel=1e-4)
-    assert f"KL(source base || base): {expected:.4f} nats" in printed
+    assert f"KL(source || base): {expected:.4f} nats" in printed
 
 
 @pytest.mark.parametrize("rows", [
-    {}, dict(base=640, reward=600), dict(base=640, reward=640, ref=640)], ids=str)
+    {}, dict(base=640, reward=600), dict(base=640, reward=640, source=640)], ids=str)
 def test_several_rewards_add_up_however_output_matrices_are_padded(in_texts, tmp_path, table, rows):
     """Catches: A row without a token is chosen (small Qwen2.5 have such rows), or a model is not cut."""
-    paths = dict(base=NEW, reward=REWARD, ref=OLD)
+    paths = dict(base=NEW, reward=REWARD, source=OLD)
     for name, n in rows.items():
         checkpoint = read(paths[name])
         for key in ("embed_tokens.weight", "lm_head.weight"):
@@ -140,8 +124,8 @@ def test_several_rewards_add_up_however_output_matrices_are_padded(in_texts, tmp
         checkpoint["arch"]["vocab"], paths[name] = n, tmp_path / f"{name}.pt"
         torch.save(checkpoint, paths[name])
     alone, one, half, *source = table(*EVAL_LM, "--limit", 4, "--beta", 1, 0.5)
-    both = table(*EVAL_LM, "--limit", 4, "--base", paths["base"], "--reward", *[paths["reward"]] * 2, "--source",
-                 paths["ref"])
+    both = table(*EVAL_LM, "--limit", 4, "--base", paths["base"], "--source", paths["source"],
+                 "--reward", *[paths["reward"]] * 2)
     assert [row["method"] for row in both[1:4]] == [
         *[f"base + {paths['reward']} (PRT)"] * 2, "base + sum of rewards"]
     for a, b in zip(both, [alone, one, one, half, *source], strict=True):
@@ -155,162 +139,156 @@ def test_the_table_says_how_much_memory_cuda_takes(in_texts, table, capsys):
     assert "MiB" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", ["", "--speculative", "--compile", "--compile --speculative"])
-def test_the_time_of_the_compiler_is_not_measured(in_texts, monkeypatch, table, options):
+@pytest.mark.parametrize("options, times", [("", 1), ("--speculative", 1), ("--compile --speculative", 2)])
+def test_the_time_of_the_compiler_is_not_measured(in_texts, monkeypatch, table, options, times):
     """Catches: What is timed includes a compilation, or every text is generated twice without a need."""
-    now, calls, generate = [0.0], [], prt.generate
-    times = 2 if "--compile" in options else 1  # of all answers of a row, which are two batches
+    now, calls = [0.0], []
 
-    def answer(base, rewards, ids, *, length, end, pad, **rest):
-        calls.append((base, tuple(rewards), ids.shape))
-        now[0] += 1 if (len(calls) - 1) // 2 % times == times - 1 else 50  # seconds
-        return generate(base, rewards, ids, length=length, end=end, pad=pad)
+    def generate(row, prompts, *rest):
+        calls.append(row.method)
+        now[0] += 1 if len(calls) % times == 0 else 50  # seconds
+        return [[5] * 9] * len(prompts)
 
-    for module, name in ((prt, "generate"), (decode, "compiled"), (decode, "speculative")):
-        monkeypatch.setattr(module, name, answer)
+    monkeypatch.setattr(answers, "generate", generate)
     monkeypatch.setattr(eval_script, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    rows = table(*EVAL_LM, "--limit", 5, "--batch", 3, *options.split())
-    parts = [calls[i:i + 2 * times] for i in range(0, len(calls), 2 * times)]
-    assert len(parts) == len({part[0] for part in parts}) == len(rows)
-    assert all(part == part[:2] * times for part in parts)
-    assert all(5 <= 2 * row["speed"] == round(2 * row["speed"]) <= 5 * 9 for row in rows)
+    rows = table(*EVAL_LM, "--limit", 5, *options.split())
+    assert calls == [row["method"] for row in rows for _ in range(times)]
+    assert {row["speed"] for row in rows} == {50}  # with the end tokens
+
+
+class Model(str):
+    """Stands in for a model: its name, which ends with its beta in training."""
+
+    @property
+    def info(self):
+        return dict(beta=float(self[-1]))
+
+
+@pytest.mark.parametrize("beta, rewards, others, expected", [
+    ([1, "auto"], ["r2"], ["b", "s", "t4", "u4"], [
+        (1, "b", [(2, "r2")], "s"), (8, "b", [(0.25, "r2")], "s"), (2, "s", [(1, "r2")], None),
+        (1, "b", [(4, "t4"), (-4, "s")], None), (8, "b", [(0.5, "t4"), (-0.5, "s")], None)]),
+    (None, ["r2", "r4"], ["b", "s", None, None], [
+        (2, "b", [(1, "r2")], "s"), (4, "b", [(1, "r4")], "s"), (None, "b", [(1, "r2"), (1, "r4")], "s"),
+        (2, "s", [(1, "r2")], None)]),
+    (None, ["r2"], ["b", None, None, None], [(2, "b", [(1, "r2")], None)])], ids=["EFT", "two", "alone"])
+def test_rows_have_their_weights_and_drafters(beta, rewards, others, expected):
+    """Catches: Without --beta a row has another one than its training, or the source drafts for itself."""
+    models = eval_script.Models([*map(Model, rewards)], *(name and Model(name) for name in others))
+    rows = eval_script.plan(SimpleNamespace(beta=beta, reward=rewards), models, quality=lambda row: row.beta)
+    rows = [row for row in rows if row.rewards]
+    for row, (*parts, drafter) in zip(rows, expected, strict=True):
+        assert [row.beta, row.base, row.rewards, row.drafter] == [*parts, drafter and (drafter, row.rewards)]
+        decode = answers.decoder(row, answers.Decoding(speculative=True), None, 0, (), None)
+        assert decode.keywords["drafter"] == row.drafter
 
 
 # Beta chosen on held-out data
 
-@pytest.fixture(scope="module")
-def held_out(tiny, tmp_path_factory):
-    """Paths of a data set, and of a reward and a fine-tuned model of beta 2 that left out a part of it.
+@pytest.fixture
+def quality(monkeypatch):
+    """What the base alone scores where beta is chosen: [] until eval.py has planned its rows."""
+    scored, plan = [], eval_script.plan
 
-    One label of that part is wrong, and two of the test split: each part asks for a beta of its own.
-    """
-    root, names = tmp_path_factory.mktemp("held-out"), sorted(COLORS)
-    wrong = dict(train=runs.split(12, 0.4)[1][:1], test=[0, 1])
-    for split, n in dict(train=12, test=3).items():
-        for i in range(n):
-            path = root / "data" / split / names[3 * i // n] / f"{i:02}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(png(COLORS[names[(3 * i // n + (i in wrong[split])) % 3]]))
-    train = ["train_vision.py", "--data", root / "data", "--source", tiny.old, "--steps", 8, "--batch", 4,
-             "--lr", 1e-2, "--warmup", 0, "--hold-out", 0.4, "--beta", 2]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "CACHE", root / "cache")
-        for method in ("prt", "ft"):
-            assert call(*train, "--method", method, "--out", root / f"{method}.pt") == 0
-    return SimpleNamespace(data=root / "data", reward=root / "prt.pt", tuned=root / "ft.pt")
+    def planned(args, models, quality):
+        scored.append(quality(eval_script.Row("", None, models.base, [], models.base)))
+        return plan(args, models, quality)
+
+    monkeypatch.setattr(eval_script, "plan", planned)
+    return scored
 
 
-@torch.no_grad()
-def test_beta_auto_is_the_best_on_held_out_images(tiny, held_out, tmp_path, report):
+def test_beta_auto_is_the_best_on_held_out_images(tiny, tmp_path, report, quality):
     """Catches: beta is chosen on test images, on those that were trained on, or those of --data."""
-    for split in ("train", "test"):
-        shutil.copytree(held_out.data / "test", tmp_path / "data" / split)
-    about = report("eval.py", "--reward", held_out.reward, "--base", tiny.new, "--tuned-source", held_out.tuned,
-                   "--beta", "auto", "--data", tmp_path / "data")
+    for name, shift in dict(data=0, other=100).items():
+        for split in ("train", "test"):
+            for i in range(12):  # all of them differ
+                path = tmp_path / name / split / f"{[*COLORS][i % 3]}/{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(conftest.png((20 * i, shift, 200 if split == "train" else 0)))
+    assert call("train_vision.py", "--data", tmp_path / "data", "--source", tiny.old, "--steps", 1,
+                "--batch", 4, "--hold-out", 0.4, "--out", tmp_path / "x.pt") == 0
+    about = report("eval.py", "--reward", tmp_path / "x.pt", "--base", tiny.new, "--beta", "auto", "--data",
+                   tmp_path / "other")
     assert about["beta chosen by"] == "top-1 of the 40% of training data held out"
-    train, test = (images.load(str(held_out.data), split, 32) for split in ("train", "test"))
-    x, y = torch.cat([train.images, test.images]), torch.cat([train.labels, test.labels])
-    prompts, (used, held) = images.prompts(train.classes, train.templates), runs.split(12, 0.4)
-    base, ref = (classifier(weights.load(path), prompts)(x) for path in (tiny.new, tiny.old))
-    reward, tuned = (weights.load(path)(x) for path in (held_out.reward, held_out.tuned))
-    for method, r in {METHODS[1]: prt.reward(reward, beta=2),
-                      METHODS[5]: prt.reward(tuned, ref, beta=2)}.items():
-        best = []
-        for i in (held, used, torch.arange(12, 15)):
-            scores = {beta: prt.tilt(base, r, beta)[i] for beta in BETAS}
-            best.append(max(BETAS, key=lambda beta, z=scores, y=y[i]: (
-                (z[beta].argmax(-1) == y).float().mean(), -F.nll_loss(z[beta], y))))
-        assert best[0] not in best[1:]
-        assert [row["beta"] for row in about["rows"] if row["method"] == f"{method}, beta chosen"] == best[:1]
+    assert about["rows"][1]["method"] == f"{METHODS[1]}, beta chosen"
+    data, (_, i) = images.load(str(tmp_path / "data"), "train", 32), runs.split(12, 0.4)
+    logits = classifier(weights.load(tiny.new), images.prompts(data.classes, data.templates))(data.images[i])
+    nll = F.cross_entropy(logits, data.labels[i]).item()
+    assert quality == [pytest.approx((scores.accuracy(logits, data.labels[i]), -nll))]
 
 
-def test_beta_auto_is_the_best_on_held_out_problems(tokenizer, tmp_path, table):
+def test_beta_auto_is_the_best_on_held_out_problems(tokenizer, tmp_path, table, quality):
     """Catches: The problems are not cut and dropped as in training, so that others have their numbers."""
-    path, file, (used, held) = tmp_path / "x.pt", tmp_path / "x.jsonl", runs.split(12, 0.25)
-    answers = [" 30 #### 30" if i in held else " 7 #### 7" for i in range(12)]
-    problems = [dict(prompt=f" {i} + 2 =", response=answer) for i, answer in enumerate(answers)]
-    file.write_text(jsonl([dict(prompt=" 1 + 1" * 6, response=" 7")] * 3 + problems))  # three are too long
-    assert call(*TUNE_LM, "--data", file, "--hold-out", 0.25, "--steps", 10, "--lr", 3e-2, "--warmup", 0,
-                "--length", 13, "--drop", "--out", path) == 0
-    rows = table(*EVAL_LM, "--reward", path, "--beta", "auto", "--data", file)
-    end, examples = read(OLD)["arch"]["end"], text.load(str(file), "train")[1]
-    data, whole = (text.encode(examples, tokenizer, end, *cut) for cut in ((13, True), (256,)))
-    base, reward, best = weights.load(NEW), weights.load(path), []
-    for part, i in ((data, held), (data, used), (whole, runs.split(15, 0.25)[1]), (whole, range(15))):
-        batch = [text.collate(part, torch.as_tensor(i))]
-        nll = {beta: scores.score_texts(base, [(1 / beta, reward)], batch)["nll"] for beta in BETAS}
-        best.append(min(nll, key=nll.get))
-    assert best[0] not in best[1:]
-    assert [row["beta"] for row in rows if row["method"] == f"{METHODS[1]}, beta chosen"] == best[:1]
+    path, file = tmp_path / "x.pt", tmp_path / "x.jsonl"
+    problems = [dict(prompt=" 1 + 1" * 6, response=" 7")] * 3  # these are too long
+    problems += [dict(prompt=f" {i} + 2 =", response=f" {i + 2} #### {i + 2}") for i in range(12)]
+    file.write_text(conftest.jsonl(problems))
+    assert call(*TUNE_LM, "--data", file, "--hold-out", 0.25, "--steps", 1, "--length", 13, "--drop",
+                "--out", path) == 0
+    table(*EVAL_LM, "--reward", path, "--beta", "auto", "--data", file)
+    data = text.encode(text.load(str(file), "train")[1], tokenizer, read(OLD)["arch"]["end"], 13, True)
+    held_out = [text.collate(data, runs.split(12, 0.25)[1])]
+    assert quality == [pytest.approx(-scores.score_texts(weights.load(NEW), [], held_out)["nll"])]
 
 
-def test_without_a_beta_a_row_has_that_of_its_training(tiny, held_out, table):
-    command = ("eval.py", "--reward", held_out.reward, "--base", tiny.new, "--tuned-source", held_out.tuned)
-    plain, two = ([(row["method"], row["beta"], row["nll"]) for row in table(*command, *options)]
-                  for options in ((), ("--beta", 2)))
-    assert plain == two
+@pytest.mark.parametrize("rewards, tuned, name", [
+    (["a 0"], None, "r0"), (["a"], None, "r0"), (["a 0.4", "a 0"], None, "r1"), (["a 0.4"], "a 0", "t"),
+    (["a 0.4", "b 0.4"], None, "r1"), (["a 0.4", "a 0.2"], None, "r1")])
+def test_beta_auto_is_refused_where_training_left_nothing_out(rewards, tuned, name):
+    """Catches: beta is chosen on examples that a reward has learned by heart. "a": of an older checkpoint."""
+    def model(text):
+        data, *share = text.split()
+        trained = dict(args=dict(hold_out=float(*share))) if share else {}
+        return SimpleNamespace(info=dict(data=data) | trained)
 
-
-def test_beta_auto_is_refused_where_training_left_nothing_out(tiny, held_out, tmp_path, capfd):
-    """Catches: beta is chosen on examples that the reward has learned by heart."""
-    reward, tuned = (read(path) for path in (held_out.reward, held_out.tuned))
-    older, none = {k: v for k, v in reward.items() if k != "args"}, dict(args=dict(hold_out=0.0))
-    for name, x in dict(none=reward | none, older=older, other=reward | dict(data="other"),
-                        tuned=tuned | none).items():
-        files.save(tmp_path / f"{name}.pt", x)
-    for options in (["none"], ["older"], [held_out.reward, "none"], [held_out.reward, "other"],
-                    [held_out.reward, "--tuned-source", "tuned"]):
-        options[-1] = tmp_path / f"{options[-1]}.pt"
-        capfd.readouterr()
-        code = call("eval.py", "--base", tiny.new, "--beta", "auto", "--reward", *options)
-        one_line(code, capfd.readouterr().err, "--beta auto", options[-1], "same data", "--hold-out")
+    models = eval_script.Models([*map(model, rewards)], None, None, tuned and model(tuned), None)
+    args = SimpleNamespace(reward=["r0", "r1"][:len(rewards)], tuned_source="t")
+    with pytest.raises(ValueError, match=f"--beta auto: {name} was .* the same data, .* --hold-out"):
+        eval_script.held_out_share(args, models)
 
 
 # --run
 
-def test_the_printed_command_prints_the_table_of_the_long_one(kind, request, tmp_path, reports, monkeypatch,
-                                                             table):
-    """Catches: Text models have too few positions for the default length, or files appear in the folder."""
-    fixture, run, picture = request.getfixturevalue(kind), RUNS[kind], tmp_path / "x.png"
-    monkeypatch.setitem(arithmetic.COUNTS, "test", 4)
-    before, tables = contents(fixture.folder), []
-    for command in (fixture.printed.splitlines()[-1].split()[1:],
-                    ["eval.py", "--reward", f"{run}/reward.pt", "--base", f"{run}/new.pt", "--tuned-source",
-                     f"{run}/tuned.pt", "--source", f"{run}/old.pt", "--tuned-base", f"{run}/oracle.pt"]):
-        tables.append(table(*command, *(["--picture", picture] if kind == "shapes" else [])))
-        tables[-1] = [{k: x for k, x in row.items() if k not in ("ms", "speed")} for row in tables[-1]]
-    assert tables[0] == tables[1] and [row["method"] for row in tables[0]] == METHODS
-    assert contents(fixture.folder) == before
+def test_the_printed_command_prints_the_table(kind, request, tmp_path, table, capsys):
+    """Catches: Files appear in the folder of the run, or there is a note about models that fit."""
+    fixture, picture = request.getfixturevalue(kind), tmp_path / "x.png"
+    assert f"python eval.py --run {RUNS[kind]}" in fixture.printed.splitlines()
+    before = contents(fixture.folder)
+    rows = table("eval.py", "--run", RUNS[kind], *FEW, "--picture", picture)
+    assert [row["method"] for row in rows] == METHODS and contents(fixture.folder) == before
+    assert "note: " not in capsys.readouterr().out
     assert kind == "texts" or Image.open(picture).size == (960, 600)
 
 
-def test_flags_win_over_run(in_texts, report, capsys):
-    command = ("eval.py", "--run", RUNS["texts"], *FEW)
-    plain = report(*command)
-    assert "note: " not in capsys.readouterr().out
-    swapped = report(*command, "--source", NEW, "--tuned-source", TUNED_BASE, "--tuned-base", TUNED_SOURCE, "--source", OLD, "--reward",
-                     REWARD, REWARD)
-    assert f"note: {TUNED_SOURCE} was tuned from {OLD}" not in capsys.readouterr().out
-    assert swapped["rewards"] == [REWARD, REWARD]
-    nll, other = ({row["method"]: row["nll"] for row in x["rows"]} for x in (plain, swapped))
-    for kind in ("alone", "fine-tuned"):
-        assert other[f"source {kind}"] == pytest.approx(nll[f"base {kind}"], abs=1e-5)
-        assert other[f"base {kind}"] == pytest.approx(nll[f"source {kind}"], abs=1e-5)
-    report(*command, "--tuned-source", TUNED_BASE)
-    assert f"note: {TUNED_BASE} was tuned from {NEW}, but the table uses it with {OLD}" in capsys.readouterr().out
+def test_flags_win_over_the_files_of_run(tmp_path):
+    paths = dict(reward="reward", base="new", source="old", tuned_base="tuned_base")
+    paths = {flag: str(tmp_path / f"{name}.pt") for flag, name in paths.items()}
+    for path in paths.values():
+        Path(path).touch()
+    expected = paths | dict(reward=[paths["reward"]], tuned_source=None, picture=f"{tmp_path}/picture.png")
+    for given in (dict(), dict(base="x"), dict(source="x", picture="y"), dict(reward=["x", "y"])):
+        words = [[f"--{flag}", *([x] if isinstance(x, str) else x)] for flag, x in given.items()]
+        args = eval_script.parse(["--run", str(tmp_path), *sum(words, [])])
+        assert {flag: getattr(args, flag) for flag in expected} == expected | given
 
 
-@pytest.mark.parametrize("names, methods, is_source_there", [
-    ("reward new", METHODS[:2], False), ("reward new oracle", [*METHODS[:2], METHODS[6]], False),
-    ("reward new old", METHODS[:4], False), ("reward new old tuned", METHODS[:6], False),
-    ("reward new", METHODS[:4], True)])
-def test_files_that_run_does_not_find_leave_rows_out(texts, tmp_path, monkeypatch, table, names, methods,
-                                                     is_source_there):
-    """The source base is looked for where the reward says, too."""
-    for name in names.split():
+@pytest.mark.parametrize("is_there", [False, True])
+def test_the_source_is_looked_for_where_the_reward_says(texts, tmp_path, monkeypatch, table, capsys,
+                                                        is_there):
+    """Catches: The rows of a source that is not found are no reason for a message, or for exit code 2."""
+    for name in ("reward", "new"):
         shutil.copy(texts.folder / f"{RUNS['texts']}/{name}.pt", tmp_path)
-    monkeypatch.chdir(texts.folder if is_source_there else tmp_path)
-    assert [row["method"] for row in table("eval.py", "--run", tmp_path, *FEW)] == methods
+    monkeypatch.chdir(texts.folder if is_there else tmp_path)
+    rows = table("eval.py", "--run", tmp_path, *FEW)
+    assert [row["method"] for row in rows] == METHODS[:4 if is_there else 2]
+    assert ("rows of the source are left out" in capsys.readouterr().out) is not is_there
+
+
+def test_a_model_that_was_tuned_from_another_base_gets_a_note(in_texts, table, capsys):
+    table("eval.py", "--run", RUNS["texts"], *FEW, "--tuned-source", TUNED_BASE)
+    note = f"note: {TUNED_BASE} was tuned from {NEW}, but the table uses it with {OLD}\n"
+    assert note in capsys.readouterr().out
 
 
 # The picture
@@ -356,15 +334,20 @@ def answer_with(monkeypatch, reply):
 
 @torch.no_grad()
 @pytest.mark.parametrize("beta", [8, 2, 1.2, 0.7, 0.4, 0.1])
-def test_a_token_on_a_terminal_has_the_color_of_its_kl(tokenizer, monkeypatch, capsys, beta):
-    """The bytes of a character have one color. Elsewhere, or with NO_COLOR, there are no escape codes."""
-    ids, question = tokenizer.encode(" 3 + ü = 7"), "What do 3 apples cost?"
-    prompts, printed = answer_with(monkeypatch, lambda prompt: ids), []
+def test_an_answer_to_a_prompt_has_the_colors_of_its_kl(tokenizer, tmp_path, monkeypatch, capsys, beta):
+    """The template of the reward's data is around the prompt, and the answer ends at the end token.
+
+    The bytes of a character have one color. Not on a terminal, or with NO_COLOR, there are no escape codes.
+    """
+    torch.save(read(REWARD) | dict(template="<|user|>\n{}\n"), tmp_path / "x.pt")
+    ids, end, printed = tokenizer.encode(" 3 + ü = 7"), read(OLD)["arch"]["end"], []
+    prompts = answer_with(monkeypatch, lambda prompt: [*ids, end, *ids])
     for is_terminal, environment in ((True, {}), (True, {"NO_COLOR": "1"}), (False, {})):
         monkeypatch.setattr(eval_script.os, "environ", environment)
         monkeypatch.setattr(sys.stdout, "isatty", lambda x=is_terminal: x)
-        assert call(*EVAL_LM, "--beta", beta, "--prompt", question) == 0
+        assert call(*EVAL_LM, "--reward", tmp_path / "x.pt", "--beta", beta, "--prompt", "A {} b?") == 0
         printed.append(capsys.readouterr().out)
+    assert [*map(tokenizer.decode, prompts)] == ["<|user|>\nA {} b?\n"] * 6
     base, reward = (weights.load(path)(torch.tensor([prompts[0] + ids]))[0, len(prompts[0]) - 1:-1]
                     for path in (NEW, REWARD))
     kls = prt.kl(prt.tilt(base, reward, beta), base).tolist()
@@ -376,18 +359,6 @@ def test_a_token_on_a_terminal_has_the_color_of_its_kl(tokenizer, monkeypatch, c
     assert printed[1] == printed[2] == "base alone: 3 + ü = 7\n\nbase + reward (PRT): 3 + ü = 7\n\n"
 
 
-def test_a_prompt_is_asked_in_the_form_of_training(tokenizer, tmp_path, monkeypatch, capsys):
-    """The template of the reward's data is around it, and its answer ends at the end token."""
-    end = read(OLD)["arch"]["end"]
-    answer = tokenizer.encode(" ü = 7") + [end] + tokenizer.encode(" unseen")
-    prompts = answer_with(monkeypatch, lambda prompt: answer)
-    assert call(*TUNE_LM, "--data", "talk.jsonl", "--steps", 1, "--out", tmp_path / "talk.pt") == 0
-    capsys.readouterr()
-    assert call(*EVAL_LM, "--reward", tmp_path / "talk.pt", "--prompt", "A {} b?") == 0
-    assert [*map(tokenizer.decode, prompts)] == ["<|user|>\nA {} b?\n<|assistant|>\n"] * 2
-    assert capsys.readouterr().out == "base alone: ü = 7\n\nbase + reward (PRT): ü = 7\n\n"
-
-
 def test_answers_are_scored_by_their_first_number_in_form(tokenizer, tmp_path, monkeypatch, table):
     """Catches: Answers in the order of lengths are compared with problems in the order of the file.
 
@@ -397,74 +368,30 @@ def test_answers_are_scored_by_their_first_number_in_form(tokenizer, tmp_path, m
     given = {"a": "#### 1000", "bb b b b": "so 3 ####-7.", "c c": "#### 13 #### 12", "d": "5",
              "e e e": "#### .5"}
     rows = [dict(prompt=prompt, response=f"{prompt} #### {answer}") for prompt, answer in wanted.items()]
-    (tmp_path / "x.jsonl").write_text(jsonl(rows))
+    (tmp_path / "x.jsonl").write_text(conftest.jsonl(rows))
     answer_with(monkeypatch, lambda prompt: tokenizer.encode(" " + given[tokenizer.decode(prompt)]))
     row = table(*EVAL_LM, "--data", tmp_path / "x.jsonl", "--batch", 3)[0]
     assert row["exact"] == 3 / 5 and row["form"] == 4 / 5
     assert row["error"] == pytest.approx(math.sqrt(0.6 * 0.4 / 5))
 
 
-@pytest.fixture
-def answers(in_texts, monkeypatch, table):
-    """Runs eval.py on five problems; returns the answers in all rows of the table."""
+def test_answers_depend_on_the_seed_of_samples_alone(in_texts, monkeypatch, table):
+    """Catches: Padding is attended to, or answers return in the order of lengths."""
     decoded, original = [], Tokenizer.decode
-
-    def run(*options):
-        decoded.clear()
-        table(*EVAL_LM, "--limit", 5, *options)
-        return [*decoded]
-
     monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, *args, **options: decoded.append(
         original(self, ids, *args, **options)) or decoded[-1])
-    return run
 
+    def answer(options):
+        decoded.clear()
+        table(*EVAL_LM, "--limit", 5, *options.split())
+        return [*decoded]
 
-@pytest.mark.parametrize("options", [
-    "--batch 5", "--speculative", "--seed 1", "--temperature 1 --top-p 1e-9"])
-def test_greedy_answers_do_not_depend_on(answers, options):
-    """Catches: Padding is attended to, or answers return in the order of lengths."""
-    one = answers("--batch", 1)
-    assert len(one) == 20 and len({*one}) > 3 and answers(*options.split()) == one
-
-
-def test_samples_are_reproducible(answers):
-    hot = ("--temperature", 1, "--top-p", 0.9, "--seed")
-    assert answers() != answers(*hot, 1) == answers(*hot, 1) != answers(*hot, 2)
-
-
-@pytest.mark.parametrize("files, options, expected", [
-    ("reward new old tuned", "--beta 0.5 1", [
-        ("new", [(2, "reward")], ("old", [(2, "reward")])),
-        ("new", [(1, "reward")], ("old", [(1, "reward")])), ("old", [(1, "reward")], None),
-        ("new", [(2, "tuned"), (-2, "old")], None), ("new", [(1, "tuned"), (-1, "old")], None)]),
-    ("reward new old", "--reward reward.pt reward.pt", [
-        *[("new", [(1, "reward")], ("old", [(1, "reward")]))] * 2,
-        ("new", [(1, "reward")] * 2, ("old", [(1, "reward")] * 2)), ("old", [(1, "reward")], None)]),
-    ("reward new", "", [("new", [(1, "reward")], None)])], ids=["EFT", "two rewards", "no source"])
-def test_the_reward_drafts_with_its_source_for_the_base_that_it_is_added_to(
-        texts, tmp_path, monkeypatch, table, files, options, expected):
-    """Catches: The source drafts for itself or for EFT, or with a reward of another weight."""
-    for name in files.split():
-        shutil.copy(texts.folder / f"{RUNS['texts']}/{name}.pt", tmp_path)
-    names, load, decoded = {}, weights.load, []
-
-    def named(path, *args, **options):
-        model = load(path, *args, **options)
-        names[model] = path.removesuffix(".pt")
-        return model
-
-    def row(base, rewards):
-        return names[base], [(weight, names[model]) for weight, model in rewards]
-
-    def speculative(base, rewards, ids, *, drafter, temperature, top_p, generator, compile, **rest):
-        decoded.append((*row(base, rewards), drafter and row(*drafter)))
-        return prt.generate(base, rewards, ids, **rest)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(weights, "load", named)
-    monkeypatch.setattr(decode, "speculative", speculative)
-    table("eval.py", "--run", ".", *FEW, "--speculative", *options.split())
-    assert decoded == expected
+    one = answer("--batch 1")
+    assert len(one) == 20 and len({*one}) > 3
+    for options in ("--batch 5", "--speculative", "--seed 1", "--temperature 1 --top-p 1e-9"):
+        assert answer(options) == one
+    hot, again, other = (answer(f"--temperature 1 --top-p 0.9 --seed {seed}") for seed in (1, 1, 2))
+    assert one != hot == again != other
 
 
 # Bad input
@@ -476,22 +403,21 @@ BAD = dict(paths={
     "base as reward": (EVAL + "--reward {old}", "{old} is a base"),
     "tuned as second reward": (EVAL + "--reward {reward} {ft}", "{ft} is a fine-tuned"),
     "reward as base": (EVAL + "--base {reward}", "{reward} is a reward"),
-    "reward as tuned": (EVAL + "--tuned-source {reward}", "{reward} is a reward"),
-    "base as oracle": (EVAL + "--tuned-base {new}", "{new} is a base"),
+    "reward as tuned source": (EVAL + "--tuned-source {reward}", "{reward} is a reward"),
+    "base as tuned base": (EVAL + "--tuned-base {new}", "{new} is a base"),
     "other classes": (EVAL + "--data {other}", "{reward}", "'red' and 'cyan'"),
     "tasks of text": (EVAL + "--tasks gsm8k", "--tasks", "{reward}", "images"),
 }, names={
-    "no reward and base": ("eval.py --run {root}", "--run", "reward.pt", "new.pt", "{root}"),
-    "no base": ("eval.py --run {root} --reward {reward}", "--run", "reward.pt", "new.pt"),
-    "no reward": ("eval.py --run {root} --base {new}", "--run", "reward.pt", "new.pt"),
+    "no base": ("eval.py --run {root} --reward {reward}", "--run", "reward.pt", "new.pt", "{root}"),
+    "no reward": ("eval.py --run {root} --base {new}", "--run", "reward.pt", "new.pt", "{root}"),
     "unknown data": (USE + "--data sumz", "--data sumz", "arithmetic, gsm8k"),
     "empty prompt": (USE + "--data {root}/unasked.jsonl", "{root}/unasked.jsonl"),
     "no test data": (USE + "--reward {root}/file.pt", "sums.jsonl", "test split"),
     "no tokenizer": (USE + "--base {bare}", "{bare}", "tokenizer.json"),
-    "other tokenizer": (USE + "--base {root}/llama", "{root}/llama", "{reward}", "550 tokens", "400 ("),
+    "other tokenizer": (USE + "--base {root}/llama", "{root}/llama", "{reward} has 550 tokens"),
     "image base": (USE + "--base {clip}", "{clip} is a base for images", "text"),
     "image reward": (USE + "--reward {shapes}", "{new} is a base for text", "images"),
-    "reward as reference": (USE + "--source {reward}", "{reward} is a reward"),
+    "reward as source": (USE + "--source {reward}", "{reward} is a reward"),
     "long prompt": (USE + "--prompt " + "long" * 300, "256 positions", "--new-tokens"),
     "long answer": (USE + "--new-tokens 255", "255", "256 positions"),
     "temperature is no number": (USE + "--temperature nan", "--temperature"),
@@ -508,14 +434,15 @@ def names(malformed, in_texts, tmp_path):
 def test_bad_input_is_refused_in_one_line_and_touches_no_file(request, capfd, fixture, case):
     """Catches: A traceback, an error that does not name the file or flag, or files written before it."""
     values = request.getfixturevalue(fixture)
-    assert_refused(BAD[fixture][case], values, capfd, values["out"], values["root"])
+    conftest.assert_refused(BAD[fixture][case], values, capfd, values["out"], values["root"])
 
 
 def test_without_lm_eval_the_error_says_how_to_install_it(names, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "models.harness", raising=False)
     monkeypatch.delattr("models.harness", raising=False)
-    assert_refused((USE + "--tasks gsm8k", "--tasks", "pip install lm_eval"), names, capfd, names["out"])
+    case = USE + "--tasks gsm8k", "--tasks", "pip install lm_eval"
+    conftest.assert_refused(case, names, capfd, names["out"])
 
 
 @pytest.mark.parametrize("fixture, command, written", [

@@ -1,131 +1,80 @@
-"""models/flags.py: --help, mistyped flags, and which value wins."""
-import argparse
-import copy
+"""Flags: --help, refused ones, and which value wins; bad input of the training scripts."""
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SCRIPTS, call, one_line, spawn
+from conftest import (
+    SCRIPTS,
+    TRAIN,
+    TUNE_LM,
+    assert_refused,
+    call,
+    contents,
+    interrupted,
+    one_line,
+    write_webdataset,
+)
 
+import eval as eval_script
 import train_lm
 import train_vision
+from models import examples
 
-SLOW = {"torch", "numpy", "PIL", "tqdm", "tiktoken"}
 TRAINING = {"train_vision.py": train_vision, "train_lm.py": train_lm}
 # The flags that have no default: a run or a table does without them.
 NO_DEFAULT = {
-    "train_vision.py": {"resume", "augment", "compile"},
-    "train_lm.py": {"resume", "drop", "recompute", "compile"},
-    "eval.py": {"run", "reward", "base", "tuned", "oracle", "tasks", "apply_chat_template", "limit", "json",
-                "picture", "prompt", "speculative", "compile"}}
-
-
-@pytest.fixture(params=SCRIPTS)
-def script(request):
-    return request.param
-
-
-@pytest.fixture
-def parser(script, monkeypatch):
-    """The parser of a script."""
-    class Parsed(Exception):
-        pass
-
-    def keep(parser):
-        raise Parsed(parser)
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", keep)
-    with pytest.raises(Parsed) as parsed:
-        SCRIPTS[script].parse()
-    return parsed.value.args[0]
-
-
-def helps(parser):
-    """Returns flag -> help on one line, with what argparse fills in."""
-    return {action.dest: action.help % dict(prog="") for action in parser._actions if action.dest != "help"}
-
-
-def run(*command, cwd):
-    """Runs a script as a process; returns its exit code, stdout, stderr, and the packages that it imports."""
-    done = spawn("-X", "importtime", *command, cwd=cwd)
-    lines = done.stderr.splitlines(True)
-    imports = [line for line in lines if line.startswith("import time:")]
-    packages = {line.rpartition("|")[2].strip().partition(".")[0] for line in imports}
-    return done.returncode, done.stdout, "".join(line for line in lines if line not in imports), packages
+    "train_vision.py": "resume augment compile",
+    "train_lm.py": "resume drop recompute compile",
+    "eval.py": "run reward base tuned-source tuned-base tasks apply-chat-template limit json picture prompt "
+               "speculative compile"}
 
 
 # --help
 
-def test_help_imports_nothing_slow(script, tmp_path):
-    """Catches: It takes seconds."""
-    code, printed, err, packages = run(script, "--help", cwd=tmp_path)
-    assert code == 0 and err == "" and "argparse" in packages and not packages & SLOW
-    assert printed.startswith(f"usage: {script}") and SCRIPTS[script].__doc__.strip() in printed
-
-
-def test_help_has_the_flags_in_groups(parser):
-    _, others, *groups = parser._action_groups
-    assert [action.dest for action in others._group_actions] == ["help"]
-    assert all(f"\n{group.title}:\n" in parser.format_help() for group in groups)
-
-
-def test_help_shows_a_default_for_every_flag_that_has_one(script, parser):
-    lines = helps(parser)
-    assert {flag for flag, line in lines.items() if "(default: " not in line} == NO_DEFAULT[script]
-    for flag in lines.keys() - NO_DEFAULT[script]:
-        value = parser.get_default(flag)
-        if value is not None:
-            text = f"{value:g}" if isinstance(value, float) else str(value)
-            assert re.search(rf"\(default: {text}[,;)]", lines[flag])
-
-
-@pytest.mark.parametrize("script", TRAINING, indirect=True)
-def test_help_shows_the_default_of_each_recipe_where_they_differ(script, parser):
-    tune, pretrain, lines = TRAINING[script].PAPER, TRAINING[script].SCRATCH, helps(parser)
-    for flag in {*tune, *pretrain} - {"method", "size", "epochs"}:
-        shown = re.search(r"\(default: ([^;)]*)(?:; pretrain: ([^)]*))?\)", lines[flag])
-        values = [str(recipe.get(flag, "none")) for recipe in (tune, pretrain)]
-        assert [shown[1], shown[2] or shown[1]] == values
-    assert "(default: prt)" in lines["method"] and f"(default: {pretrain['size']})" in lines["size"]
-    if "epochs" in tune:
-        assert f"(default: {tune['epochs']})" in lines["epochs"]
-    if "chunk" in lines:
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_has_the_docstring_and_the_defaults_of_the_flags_in_groups(script, monkeypatch, capfd):
+    """Catches: A default of a recipe is changed, or a flag added, and --help does not tell."""
+    monkeypatch.setenv("COLUMNS", "10000")  # one line per flag
+    assert call(script, "--help") == 0
+    printed, err = capfd.readouterr()
+    assert err == "" and printed.startswith(f"usage: {script}") and SCRIPTS[script].__doc__.strip() in printed
+    assert re.search(r"\noptions:\n  -h, --help .*\n\n(models|run):\n", printed)  # the rest has groups
+    lines = dict(re.findall(r"^  --(\S+)(.*)", re.sub(r"\n {20,}", " ", printed), re.M))
+    assert {flag for flag, line in lines.items() if "(default: " not in line} == {*NO_DEFAULT[script].split()}
+    if script == "eval.py":
+        for flag in ("batch", "temperature", "top_p", "seed"):
+            value = getattr(eval_script.parse(["--reward", "r.pt", "--base", "b.pt"]), flag)
+            assert f"(default: {value:g})" in lines[flag.replace("_", "-")]
+        return
+    recipes = [TRAINING[script].RECIPES[name] for name in ("prt", "pretrain", "ticket")]
+    for flag in {*recipes[0], *recipes[1], *recipes[2]} - {"size", "epochs"}:
+        shown = re.search(r"\(default: ([^;)]*)(?:; pretrain: ([^;)]*))?(?:; ticket: ([^;)]*))?\)",
+                          lines[flag.replace("_", "-")])
+        for text, recipe in zip((shown[1], shown[2] or shown[1], shown[3] or shown[1]), recipes):
+            value = recipe.get(flag, "none")
+            assert value is None or text in (str(value), str(value or 0)), flag
+    assert f"(default: {recipes[1]['size']})" in lines["size"]
+    if script == "train_lm.py":
+        assert f"(default: {recipes[0]['epochs']})" in lines["epochs"]
         assert f"(default: {train_lm.chunk_size(512, torch.device('cpu'))} on a CPU)" in lines["chunk"]
 
 
-@pytest.mark.parametrize("script", TRAINING, indirect=True)
-def test_help_shows_the_recipes_of_the_run_without_arguments(script, parser):
-    _, _, epilog = parser.format_help().partition("these models:\n")
-    lines = dict(line.split(maxsplit=1) for line in epilog.splitlines())
-    assert lines.keys() == TRAINING[script].STAGES.keys()
-    for name, recipe in TRAINING[script].STAGES.items():
-        shown = dict(word.split() for word in lines[name].removeprefix("--").split(" --"))
-        assert shown == {flag.replace("_", "-"): str(value) for flag, value in recipe.items()}
-
-
-# Mistyped flags
-
-@pytest.mark.parametrize("script, flag, value", [
-    ("train_vision.py", "--sped", "3"), ("train_lm.py", "--lr", "0"), ("eval.py", "--batch", "x")])
-def test_a_mistyped_flag_is_refused_before_anything_slow_is_imported(script, flag, value, tmp_path):
-    code, _, err, packages = run(script, flag, value, cwd=tmp_path)
-    one_line(code, err, flag, value)
-    assert not packages & SLOW
-
+# Refused flags and bad input
 
 NUMBERS = "0 -1 nan inf -inf x"
-REFUSED = {
+VALUES = {
     "train_vision.py": {
-        "--method": "sft", "--size": "huge", "--ticket": "golden", "--reward-init": "path.pt",
+        "--sped": "3", "--method": "sft", "--size": "huge", "--ticket": "golden", "--reward-init": "path.pt",
         "--steps": "0 -1 1.5 x", "--batch": "0 -8 1.5", "--accum": "0 -1", "--seed": "x", "--warmup": "1.5",
         "--lr": NUMBERS, "--beta": NUMBERS, "--alpha": "x", "--weight-decay": "x",
         "--hold-out": "0 1 1.5 nan", "--keep": "0 1", "--freeze": "1"},
     "train_lm.py": {"--size": "huge", "--length": "0 1.5", "--epochs": "0 nan", "--chunk": "0"},
-    "eval.py": {"--beta": "0 nan x", "--batch": "0", "--limit": "0", "--new-tokens": "0", "--top-p": "0"}}
+    "eval.py": {"--beta": "0 nan x", "--batch": "0 x", "--limit": "0", "--new-tokens": "0", "--top-p": "0"}}
 
 
 @pytest.mark.parametrize("script, flag, value", [
-    (script, flag, value) for script, flags in REFUSED.items() for flag, values in flags.items()
+    (script, flag, value) for script, flags in VALUES.items() for flag, values in flags.items()
     for value in values.split()])
 def test_an_impossible_value_is_refused_in_one_line(script, flag, value, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
@@ -133,49 +82,107 @@ def test_an_impossible_value_is_refused_in_one_line(script, flag, value, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+TUNE = " ".join(TUNE_LM) + " --steps 2 --length 64 --out {out}/x.pt "
+# The names for text are in {text[...]}, those for images in braces alone.
+CASES = {
+    "size of no pretraining": (TRAIN + "--size tiny", "--size is for --method pretrain"),
+    "size of the run without flags": ("train_lm.py --size large", "--size is for --method pretrain"),
+    "unknown data": (TRAIN + "--data shapez", "--data shapez", "cifar100"),
+    "no such source": (TRAIN + "--source {none}/base.pt", "{none}/base.pt"),
+    "reward as source": (TRAIN + "--source {reward}", "{reward} is a reward"),
+    "out exists": (TRAIN + "--out {reward}", "{reward} exists", "--resume"),
+    "out is a folder": (TRAIN + "--out {data}", "{data}"),
+    "resume without file": (TRAIN + "--resume", "--resume", "{out}/x.pt"),
+    "resume of a finished run": (TRAIN + "--resume --out {reward}", "--resume", "{reward}", "step: 2"),
+    "resume with another source": (TRAIN + "--resume --out {half} --source {new}", "{half}", "--source"),
+    "resume of another program's file": (TRAIN + "--resume --out {foreign}", "--resume", "{foreign}"),
+    "run without flags over another program's file": (
+        "train_vision.py --out {demo}", "{demo}/old.pt", "--out"),
+    "nothing held out": (TRAIN + "--hold-out 0.02", "--hold-out 0.02 of 9"),
+    "no such device": (TRAIN + "--device gpu", "--device gpu", "the CPU and "),
+    "uneven batch": (TRAIN + "--accum 3", "8", "3"),
+    "unknown text": (TUNE + "--data sumz", "--data sumz", "arithmetic, gsm8k"),
+    "malformed line": (TUNE + "--data {text[root]}/bad.jsonl", "{text[root]}/bad.jsonl line 2"),
+    "no tokenizer of the reward": (TUNE + "--reward-init {text[bare]}", "{text[bare]}", "tokenizer.json"),
+    "other tokenizer": (TUNE + "--reward-init {text[root]}/llama", "{text[root]}/llama", "{text[old]}",
+                        "550 tokens", "others ("),
+    "larger tokenizer than the matrix": (TUNE + "--source {text[root]}/short", "{text[root]}/short", "512",
+                                         "550 tokens"),
+    "no end token": (TUNE + "--source {text[root]}/endless", "{text[root]}/endless", "eos_token_id"),
+    "image source": (TUNE + "--source {old}", "{old} is a base for images", "text"),
+    "image model as reward's start": (TUNE + "--reward-init {old}", "{old} is a base for images", "text"),
+    "no response within length": (TUNE + "--length 2", "24 examples", "--length 2"),
+    "text below length": (TUNE + "--method pretrain --length 200000", "--length 200000"),
+    "longer than the positions": (TUNE + "--data {text[root]}/long.jsonl --length 1024", "256", "--length"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_refused_in_one_line_and_touches_no_file(in_texts, paths, malformed, capfd, case):
+    """Catches: A traceback, an error that does not name the file or flag, or files written before it."""
+    assert_refused(CASES[case], paths | dict(text=malformed), capfd, paths["out"], paths["root"],
+                   malformed["root"], in_texts.folder)
+
+
+def test_the_refused_command_lines_run_without_their_fault(in_texts, paths, malformed, capfd):
+    """Catches: The command lines above fail for another reason than their own."""
+    want = [paths["out"] / name for name in ("a/new/folder/x.pt", "y.pt", "z.pt")]
+    for command, out in zip((TRAIN, TUNE, TUNE + f"--source {malformed['root']}/llama"), want):
+        assert call(*command.format(**paths).split(), "--out", out) == 0
+    assert capfd.readouterr().err == "" and sorted(contents(paths["out"])) == want
+
+
+@pytest.mark.parametrize("method", ["prt", "pretrain"])
+def test_a_run_does_not_resume_with_other_classes(paths, capfd, method):
+    """Catches: Class names changed in between: the head keeps the old ones, the checkpoint names the new."""
+    data = write_webdataset(paths["out"] / "data")
+    command = [*TRAIN.format(**paths).split(), "--data", data, "--method", method]
+    interrupted(*command)
+    (data / "classnames.txt").write_text("cyan\npink\nwhite\n")
+    before = contents(paths["out"])
+    capfd.readouterr()
+    one_line(call(*command, "--resume"), capfd.readouterr().err, paths["out"] / "x.pt", "classes")
+    assert contents(paths["out"]) == before
+
+
 # Which value wins
-
-@pytest.fixture
-def trained(monkeypatch, tmp_path):
-    """The arguments of each run of train_lm.py, which trains nothing and writes to an empty folder."""
-    trained = []
-    monkeypatch.setattr(train_lm, "train", lambda args, device, state: trained.append(args))
-    monkeypatch.chdir(tmp_path)
-    return trained
-
 
 @pytest.mark.parametrize("options, values", [
     ("--batch 8 --beta 0.5", dict(batch=8, lr=2e-5, beta=0.5)),
     ("", dict(method="prt", batch=128, accum=16, lr=2e-5, epochs=2, steps=None, length=1024, warmup=None,
-              weight_decay=0.0, beta=1.0, base="Qwen/Qwen2.5-0.5B", out="out/gsm8k-prt.pt")),
-    ("--method ft --base x.pt", dict(lr=2e-5, base="x.pt", out="out/gsm8k-ft.pt")),
-    ("--data some/where --base x.pt", dict(method="prt", out="out/where-prt.pt")),
+              weight_decay=0.0, beta=1.0, source="Qwen/Qwen2.5-0.5B", out="out/gsm8k-prt.pt")),
+    ("--method ft --source x.pt", dict(lr=2e-5, source="x.pt", out="out/gsm8k-ft.pt")),
+    ("--data some/where --source x.pt", dict(method="prt", out="out/where-prt.pt")),
     ("--warmup 0 --out y.pt", dict(warmup=0, out="y.pt")),
     ("--method pretrain --lr 1 --size old", dict(size="old", lr=1.0, weight_decay=0.1)),
-    ("--method pretrain --weight-decay 0", dict(size="new", batch=64, steps=1000, epochs=None, length=65,
-                                                base=None, weight_decay=0.0, out="out/gsm8k-pretrain.pt")),
+    ("--method pretrain --weight-decay 0", dict(size="new", batch=64, steps=1000, length=65, source=None,
+                                                weight_decay=0.0, out="out/gsm8k-pretrain.pt")),
     ("--method pretrain --epochs 3", dict(epochs=3.0, steps=None)),
     ("--method pretrain --epochs 3 --steps 7", dict(epochs=3.0, steps=7)),
     ("--ticket random", dict(lr=0.01, keep=0.5, freeze=0.0, batch=128)),
     ("--ticket base --lr 1 --keep 0.1", dict(lr=1.0, keep=0.1))])
-def test_a_run_has_the_values_of_its_flags_and_its_recipe(trained, options, values):
-    """Catches: A recipe wins over a flag, a flag of 0 is not seen, or a run changes the recipe."""
-    assert call("train_lm.py", "--data", "gsm8k", *options.split()) == 0
-    args, = map(vars, trained)
+def test_a_run_has_the_values_of_its_flags_and_its_recipe(options, values):
+    """Catches: A recipe wins over a flag, or a flag of 0 is not seen."""
+    args = vars(train_lm.parse(["--data", "gsm8k", *options.split()]))
     assert {flag: args[flag] for flag in values} == values
 
 
-def test_flags_count_for_every_stage_but_for_what_the_stages_fix(trained):
-    stages = copy.deepcopy(train_lm.STAGES)
-    options = "--out folder --size large --lr 0.5 --reward-init random --seed 5"
-    assert call("train_lm.py", *options.split()) == 0
-    assert [args.size for args in trained] == ["old", "new", "large", "large", "large"]
-    assert [args.reward_init for args in trained] == [None, None, "random", None, None]
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_run_without_flags_applies_those_that_are_given_to_every_stage(tmp_path, monkeypatch, code):
+    """Catches: A flag replaces what makes a stage what it is, or a table that fails counts as success."""
+    trained, commands = [], []
+    monkeypatch.setattr(train_lm, "train", lambda args, device: trained.append(args))
+    monkeypatch.setattr(examples.subprocess, "run", lambda command, **options: (
+        commands.append(command[1:]), SimpleNamespace(returncode=code))[1])
+    monkeypatch.chdir(tmp_path)
+    options = "--data arithmetic --out folder --lr 0.5 --reward-init random --seed 5 --device cpu"
+    assert call("train_lm.py", *options.split()) == code
+    values = "out", "data", "size", "source", "method", "reward_init", "steps"
+    assert [[getattr(args, value) for value in values] for args in trained] == [
+        ["folder/old.pt", "arithmetic-old", "old", None, "pretrain", None, 500],
+        ["folder/new.pt", "arithmetic-new", "new", None, "pretrain", None, 1000],
+        ["folder/reward.pt", "arithmetic", None, "folder/old.pt", "prt", "random", 900],
+        ["folder/tuned_source.pt", "arithmetic", None, "folder/old.pt", "ft", None, 900],
+        ["folder/tuned_base.pt", "arithmetic", None, "folder/new.pt", "ft", None, 300]]
     assert {(args.lr, args.seed, args.resume) for args in trained} == {(0.5, 5, False)}
-    assert [args.steps for args in trained] == [500, 1000, 900, 900, 300]
-    assert [args.data for args in trained] == ["arithmetic-old", "arithmetic-new", *["arithmetic"] * 3]
-    assert [args.out for args in trained] == [
-        f"folder/{name}.pt" for name in ("old", "new", "reward", "tuned", "oracle")]
-    assert [args.base for args in trained] == [
-        None, None, "folder/old.pt", "folder/old.pt", "folder/new.pt"]
-    assert stages == train_lm.STAGES
+    assert commands == [[str(examples.EVAL), "--run", "folder", "--device", "cpu"]]

@@ -51,34 +51,22 @@ def test_trained_model_tells_its_story_for_200_tokens():
     assert out[0].tolist() == io["greedy"]
 
 
-def test_forward_with_an_index_returns_features_for_the_head():
-    """Catches: Training computes its loss from the features of other positions."""
-    model, ids, index = load("qwen2"), random_ids(2, 7), torch.tensor([0, 5, 6, 13])
-    with torch.no_grad():
-        features = model(ids, index)
-        assert features.shape == (4, model.arch["width"])
-        assert error(model.head(features), model(ids).flatten(0, 1)[index]) < 1e-4
-
-
 # The cache
 
 PARTS = [7, 1, 1, 4, 1, 6]
+PADDING = [0, 3, 9]  # 9: more than the first part
 
 
-@pytest.fixture(params=[[0, 0, 0], [0, 3, 9]], ids=["no padding", "padding"])  # 9: more than the first part
-def pad(request):
-    return torch.tensor(request.param)
-
-
-@pytest.fixture(params=["gpt2", "llama3", "falcon3", "qwen2"])
-def case(request, pad):
+@pytest.fixture(params=itertools.product(["gpt2", "llama3", "falcon3", "qwen2"], [None, PADDING]), ids=str)
+def case(request):
     """A model, ids [3, 20], a cache, and the logits of each row without cache and padding, nan at padding."""
-    model, ids = load(request.param), random_ids(3, 20)
+    (name, pad), ids = request.param, random_ids(3, 20)
+    model = load(name)
     want = torch.full((3, 20, model.size), math.nan)
     with torch.no_grad():
-        for row, n in enumerate(pad.tolist()):
+        for row, n in enumerate(pad or [0] * 3):
             want[row, n:] = model(ids[row:row + 1, n:])[0]
-    cache = model.cache(3, 24, pad if pad.any() else None)
+    cache = model.cache(3, 24, pad and torch.tensor(pad))
     for x in itertools.chain.from_iterable(cache.kv):
         x.zero_()
     return SimpleNamespace(model=model, ids=ids, cache=cache, want=want)
@@ -96,11 +84,19 @@ def assert_near(logits, want):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("parts", [[20], PARTS], ids=["whole", "parts"])
-def test_a_cache_does_not_change_the_logits(case, parts):
-    """Catches: Padding is attended to or counted, heads are mixed up, or a part starts at position 0."""
-    assert_near(torch.cat([logits(case, part) for part in case.ids.split(parts, 1)], 1), case.want)
-    assert case.cache.at == 20
+@pytest.mark.parametrize("parts, compiled", [([20], False), (PARTS, False), (PARTS, True)],
+                         ids=["whole", "parts", "compiled"])
+def test_a_cache_does_not_change_the_logits(case, parts, compiled):
+    """Catches: Padding is attended to or counted, heads are mixed up, or a part starts at position 0.
+
+    The graph of a compiled step attends to the whole cache. It takes the position of its tokens as a tensor,
+    and leaves that of the cache to the caller.
+    """
+    starts = itertools.accumulate([0, *parts])
+    steps = [logits(case, part, torch.tensor([at]) if compiled else None)
+             for part, at in zip(case.ids.split(parts, 1), starts)]
+    assert_near(torch.cat(steps, 1), case.want)
+    assert case.cache.at == (0 if compiled else 20)
 
 
 @torch.no_grad()
@@ -112,15 +108,6 @@ def test_a_cache_forgets_what_comes_after_a_smaller_at(case, at, tokens):
     logits(case, random_ids(3, tokens, seed=1))
     case.cache.at = at
     assert_near(logits(case, case.ids[:, at:]), case.want[:, at:])
-
-
-@torch.no_grad()
-def test_the_position_may_be_a_tensor(case):
-    """Catches: The graph of a compiled step, which attends to the whole cache, sees other tokens."""
-    starts = [0, *itertools.accumulate(PARTS)]
-    steps = [logits(case, part, torch.tensor([at])) for part, at in zip(case.ids.split(PARTS, 1), starts)]
-    assert_near(torch.cat(steps, 1), case.want)
-    assert case.cache.at == 0  # is left to the caller
 
 
 def test_padding_attends_to_itself():
@@ -171,22 +158,16 @@ def test_far_positions_in_bfloat16_are_near_the_float32_logits():
 
 # Training
 
-def gradients(name, recompute):
-    """Returns the gradients of a next-token loss, and how often the forward pass of a block ran for them."""
-    model, ids, passes = load(name), random_ids(2, 12), []
-    model.recompute = recompute
-    model.layers[1].mlp.register_forward_pre_hook(lambda *args: passes.append(1))
-    F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-    return [p.grad for p in model.parameters()], len(passes)
-
-
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])
 def test_recompute_gives_the_same_gradients(name):
     """Catches: Activation checkpointing recomputes something else, or does not recompute at all."""
-    kept, once = gradients(name, recompute=False)
-    recomputed, twice = gradients(name, recompute=True)
-    assert (once, twice) == (1, 2)
-    assert all(error(a, b) < 1e-6 for a, b in zip(kept, recomputed, strict=True))
+    model, ids, passes, gradients = load(name), random_ids(2, 12), [], []
+    model.layers[1].mlp.register_forward_pre_hook(lambda *_: passes.append(model.recompute))
+    for model.recompute in (False, True):
+        loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert passes == [False, True, True]
+    assert all(error(a, b) < 1e-6 for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("name, recompute", [("gpt2", False), ("qwen2", True)])

@@ -1,5 +1,4 @@
 """eval.py --tasks with the real lm_eval, on tasks in local files (pip install lm_eval[hf]; or skipped)."""
-import argparse
 import functools
 import json
 import math
@@ -17,10 +16,10 @@ pytest.importorskip("lm_eval")
 import lm_eval
 from lm_eval.api.instance import Instance
 
-import eval as eval_script
 import prt
 from data.bpe import byte_alphabet
-from models import decode, gpt, harness, weights
+from eval import Row
+from models import answers, decode, gpt, harness, weights
 
 WORDS = ["Once", "upon", "a", "time", "there", "was", "a", "little", "girl", "named", "Lily.", "She", "liked",
          "to", "play", "with", "her", "mom", "and", "a", "dog."]
@@ -31,6 +30,8 @@ SETTINGS = [dict(until=["."], max_gen_toks=30), dict(until=["\n", " a"], max_gen
             dict(until="Lily", max_gen_toks=16, temperature=0.0), dict(max_gen_toks=24)]
 REQUESTS = dict(loglikelihood=PAIRS, generate_until=[(x, y) for x, _ in PAIRS[:18:3] for y in SETTINGS],
                 loglikelihood_rolling=[PAIRS[3][0], PAIRS[12][0], 5 * PAIRS[15][0], "One day, ", "x"])
+
+QUESTIONS = [" Tom has 7 apples.", " Eva has 4 bags.", " Ben picks 3.", " 3 + 4 ="]
 
 
 @pytest.fixture(autouse=True)
@@ -43,14 +44,11 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
-def mixture(base, rewards=(), batch=3, **flags):
-    """Returns the Mixture that eval.py --tasks makes of a row with these models."""
-    args = argparse.Namespace(**dict(batch=batch, seed=0, speculative=False, compile=False) | flags)
-    row = eval_script.Row("", None, base, base, rewards)
+def tilted(base, rewards=(), **how):
+    """Returns the model that eval.py --tasks makes of a row with these models."""
     tokenizer = gpt.same_vocabulary({str(i): x for i, x in enumerate((base, *(x for _, x in rewards)))})
-    return harness.TiltedModel(tokenizer, None, base.arch["end"], base.arch["positions"],
-                           functools.partial(harness.score_examples, base, rewards, batch=batch),
-                           functools.partial(eval_script.generate_answers, args, torch.device("cpu"), row))
+    row, how = Row("", None, base, rewards, base), answers.Decoding(**dict(batch=3) | how)
+    return harness.TiltedModel(row, tokenizer, None, base.arch["end"], base.arch["positions"], how)
 
 
 def ask(model, kind, *arguments):
@@ -63,28 +61,27 @@ def ask(model, kind, *arguments):
 
 @pytest.fixture(scope="module", params=["stories260k", "gpt2"])
 def pair(request, tmp_path_factory):
-    """A model as a Mixture, and as lm_eval runs it with transformers: texts have a first token, or none."""
+    """A TiltedModel, and as lm_eval runs it with transformers: texts have a first token, or none."""
     pytest.importorskip("transformers")
     from lm_eval.models.huggingface import HFLM
     folder = shutil.copytree(FIXTURES / request.param, tmp_path_factory.mktemp("hub") / request.param)
     special = dict(bos_token="<s>", eos_token="</s>")
     if request.param == "gpt2":  # has no tokenizer: 512 tokens, which are bytes, pairs of letters, and an end
-        end, letters = "<|endoftext|>", "etaoinshrdlucmfwygpbvk"
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        special, letters = dict.fromkeys(special, "<|endoftext|>"), "etaoinshrdlucmfwygpbvk"
         merges = [(a, b) for a in "Ġ" + letters for b in letters][:255]
-        tokens = [*byte_alphabet(), *map("".join, merges), end]
-        byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-        added = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        (folder / "tokenizer.json").write_text(json.dumps(dict(
-            version="1.0", added_tokens=[added | dict(id=511, content=end, special=True)],
-            pre_tokenizer=byte_level, decoder=byte_level,
-            model=dict(type="BPE", vocab={token: i for i, token in enumerate(tokens)}, merges=merges))))
+        vocab = {token: i for i, token in enumerate([*byte_alphabet(), *map("".join, merges)])}
+        peer = Tokenizer(models.BPE(vocab, merges))
+        peer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        peer.decoder = decoders.ByteLevel()
+        peer.add_special_tokens(["<|endoftext|>"])
+        peer.save(str(folder / "tokenizer.json"))
         config = json.loads((folder / "config.json").read_text()) | dict(eos_token_id=511, bos_token_id=511)
         (folder / "config.json").write_text(json.dumps(config))
-        special = dict(bos_token=end, eos_token=end)
     config = dict(tokenizer_class="PreTrainedTokenizerFast", **special)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     reference = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=2)
-    return mixture(weights.load(folder)), reference
+    return tilted(weights.load(folder)), reference
 
 
 @pytest.mark.parametrize("kind", REQUESTS)
@@ -98,15 +95,11 @@ def test_results_are_those_of_lm_eval(pair, kind):
         assert ours == expected and len({*ours}) > 3
     else:
         assert torch.allclose(torch.tensor(ours), torch.tensor(expected), atol=1e-4, rtol=1e-6)
-
-
-def test_special_tokens_begin_a_text_unless_lm_eval_asks_for_none(pair):
     for options in (dict(), dict(add_special_tokens=True), dict(add_special_tokens=False)):
-        ours, expected = (model.tok_encode("Once upon", **options) for model in pair)
-        assert ours == expected
+        assert pair[0].tok_encode("Once upon", **options) == pair[1].tok_encode("Once upon", **options)
 
 
-# Mixtures
+# Tilted models
 
 @pytest.fixture
 def models(in_texts):
@@ -115,11 +108,11 @@ def models(in_texts):
 
 
 @torch.no_grad()
-def test_log_likelihoods_are_sums_of_those_of_the_mixture(models):
+def test_log_likelihoods_are_sums_of_those_of_the_tilted_base(models):
     """Catches: The reward is left out or has another weight, or a greedy continuation is not marked."""
     base, reward = models
-    model, prompt, length = mixture(base, [(2.5, reward)]), [5, 7, 9, 11], 3
-    best, = model.generate([prompt], 10**6, model.room, new_tokens=length, temperature=0.0, top_p=1.0)
+    model, prompt, length = tilted(base, [(2.5, reward)], new_tokens=3), [5, 7, 9, 11], 3
+    best, = answers.generate(model.row, [prompt], model.how, 10**6, model.room)
     requests = [best, *([*best[:k], best[k] - 1, *best[k + 1:]] for k in range(length))]
     results = model._loglikelihood_tokens([(None, prompt, answer) for answer in requests])
     assert [greedy for _, greedy in results] == [True, False, False, False]
@@ -129,83 +122,64 @@ def test_log_likelihoods_are_sums_of_those_of_the_mixture(models):
         assert score == pytest.approx(log_probs[range(length), answer].sum().item(), abs=1e-4)
 
 
-def test_generation_ends_after_a_stop_string(models, monkeypatch):
-    """Catches: Each answer is generated up to its greatest length, and most of it is thrown away."""
-    model, steps, features = mixture(models[0]), [], type(models[0]).features
-    whole, = ask(model, "generate_until", (" Tom has", dict(max_gen_toks=100)))
-    monkeypatch.setattr(type(models[0]), "features", lambda *args: steps.append(1) or features(*args))
-    answer, = ask(model, "generate_until", (" Tom has", dict(max_gen_toks=100, until=["", whole[3:5]])))
-    assert answer == whole.split(whole[3:5])[0] and len(steps) < 20
+def test_a_task_may_sample_and_ends_after_a_stop_string(models, monkeypatch):
+    """Catches: The temperature of a task, do_sample: false, --seed, or --speculative is ignored.
 
+    Or each answer is generated up to its greatest length, and most of it is thrown away.
+    """
+    def answers(settings, *contexts, **how):
+        model = tilted(models[0], [(0.25, models[1])], **how)
+        return ask(model, "generate_until", *((context, settings) for context in contexts or QUESTIONS))
 
-def test_a_task_may_sample(models):
-    """Catches: The temperature of a task or --seed is ignored, or do_sample: false is."""
-    def answers(settings, **flags):
-        return ask(mixture(models[0], **flags), "generate_until", (" Tom has", settings), (" Eva", settings))
-
-    hot = dict(do_sample=True, temperature=2.0, max_gen_toks=9)
+    hot, cold = dict(do_sample=True, temperature=2.0, max_gen_toks=9), dict(max_gen_toks=9)
     assert answers(hot) == answers(hot) != answers(hot, seed=1)
-    greedy = answers(dict(max_gen_toks=9))
+    greedy = answers(cold)
     assert greedy == answers(hot | dict(do_sample=False)) == answers(hot | dict(top_p=1e-9)) != answers(hot)
-
-
-def test_speculative_decoding_gives_the_same_continuations(models, monkeypatch):
-    """Catches: --speculative has no effect on tasks, or changes their answers, which then have no end."""
-    calls, speculative = [], decode.speculative
-    monkeypatch.setattr(decode, "speculative", lambda *args, **options: calls.append(1) or speculative(
-        *args, **options))
-    requests = [(context, dict(until=[" a"], max_gen_toks=12)) for context, _ in PAIRS]
-    plain, fast = (ask(mixture(models[0], [(1.0, models[1])], speculative=x), "generate_until", *requests)
-                   for x in (False, True))
-    assert fast == plain and len({*plain}) > 3 and calls
+    i, steps, features = max(range(4), key=lambda i: len(greedy[i])), [], type(models[0]).features
+    stop = greedy[i][3:5]
+    stopped = answers(cold | dict(until=["", stop]))
+    assert stopped == [x.split(stop)[0] for x in greedy] and len({*greedy}) > 1
+    assert stopped == answers(cold | dict(until=["", stop]), speculative=True)
+    monkeypatch.setattr(type(models[0]), "features", lambda *args: steps.append(1) or features(*args))
+    assert answers(dict(max_gen_toks=100, until=[stop]), QUESTIONS[i]) == [stopped[i]] and len(steps) < 40
+    monkeypatch.setattr(decode, "speculative", None)
+    with pytest.raises(TypeError):
+        answers(cold, speculative=True)
 
 
 # Tasks from files to tables
 
-CHOICE = """
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_target: "{{label}}"
-doc_to_choice: "{{choices}}"
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-"""
-ANSWER = """
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["apples", " are"], do_sample: false, max_gen_toks: 6}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-filter_list: [{name: strip, filter: [{function: take_first}]}]
-"""
-PERPLEXITY = """
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{text}}"
-metric_list:
-  - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
-  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
-"""
+CHOICE = dict(output_type="multiple_choice", doc_to_target="{{label}}", doc_to_choice="{{choices}}",
+              metric_list=[dict(metric="acc", aggregation="mean", higher_is_better=True)])
+GREEDY = dict(until=["apples", " are"], do_sample=False, max_gen_toks=6)
+ANSWER = dict(output_type="generate_until", doc_to_target="{{answer}}", generation_kwargs=GREEDY,
+              metric_list=[dict(metric="exact_match", aggregation="mean", higher_is_better=True)],
+              filter_list=[dict(name="strip", filter=[dict(function="take_first")])])
+PERPLEXITY = dict(
+    output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}",
+    metric_list=[dict(metric="word_perplexity", aggregation="weighted_perplexity", higher_is_better=False),
+                 dict(metric="bits_per_byte", aggregation="bits_per_byte", higher_is_better=False)])
 
 
-def write_task(folder, name, yaml, rows):
-    """Writes a task and its data; returns the path of its .yaml file."""
-    data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / name}.jsonl}}}}\n"
+def write_task(folder, name, settings, rows):
+    """Writes a task and its data; returns the path of its .yaml file, of which JSON is a part."""
     (folder / f"{name}.jsonl").write_text(jsonl(rows))
-    head = f"task: {name}\ntest_split: test\nmetadata: {{version: 1}}\n"
-    (folder / f"{name}.yaml").write_text(head + data + yaml)
+    task = dict(task=name, test_split="test", metadata=dict(version=1), dataset_path="json",
+                dataset_kwargs=dict(data_files=dict(test=str(folder / f"{name}.jsonl"))),
+                doc_to_text="{{question}}") | settings
+    (folder / f"{name}.yaml").write_text(json.dumps(task))
     return folder / f"{name}.yaml"
 
 
 @pytest.fixture
 def tasks(models, tmp_path):
     """Paths of a task of each kind. The base is right in every second question."""
-    model = mixture(models[0])
-    questions = [" Tom has 7 apples.", " Eva has 4 bags.", " Ben picks 3.", " 3 + 4 ="]
-    settings, choices = dict(until=["apples", " are"], max_gen_toks=6), [" How many?", " 7"]
-    answers = ask(model, "generate_until", *((x, settings) for x in questions))
-    scores = ask(model, "loglikelihood", *((x, choice) for x in questions for choice in choices))
+    model = tilted(models[0])
+    choices = [" How many?", " 7"]
+    written = ask(model, "generate_until", *((x, GREEDY) for x in QUESTIONS))
+    scores = ask(model, "loglikelihood", *((x, choice) for x in QUESTIONS for choice in choices))
     docs = [dict(question=x, choices=choices, label=int((b > a) == i % 2), answer=answer if i % 2 else "no")
-            for i, (x, answer, a, b) in enumerate(zip(questions, answers, scores[::2], scores[1::2]))]
+            for i, (x, answer, a, b) in enumerate(zip(QUESTIONS, written, scores[::2], scores[1::2]))]
     texts = [dict(text=" 3 + 4 = 7"), dict(text=" Eva has 4 bags.")]
     return [write_task(tmp_path, *task) for task in (
         ("choice", CHOICE, docs), ("answer", ANSWER, docs), ("perplexity", PERPLEXITY, texts))]
@@ -228,7 +202,7 @@ def test_the_tables_have_a_row_for_each_way_to_use_the_models(models, tasks, rep
                 ("base + EFT", 1): (base, [(1.0, tuned), (-1.0, old)]),
                 ("base + EFT", 0.5): (base, [(2.0, tuned), (-2.0, old)])}
     bits = {key: row["perplexity"]["bits_per_byte,none"] for key, row in rows.items()}
-    assert bits == {key: bits_per_byte(mixture(*x), " 3 + 4 = 7", " Eva has 4 bags.")
+    assert bits == {key: bits_per_byte(tilted(*x), " 3 + 4 = 7", " Eva has 4 bags.")
                     for key, x in expected.items()}
     assert len({*bits.values()}) == len(rows)
     assert rows["base alone", None]["answer"]["exact_match,strip"] == 0.5
@@ -245,36 +219,37 @@ def test_the_tables_have_a_row_for_each_way_to_use_the_models(models, tasks, rep
 def test_limit_is_the_number_of_examples_of_each_task(models, tasks, report):
     row = report(*EVAL_LM, "--tasks", *tasks, "--limit", 1)["rows"][0]["tasks"]
     assert row["answer"]["exact_match,strip"] == 0  # the first question's answer is another one
-    assert row["perplexity"]["bits_per_byte,none"] == bits_per_byte(mixture(models[0]), " 3 + 4 = 7")
+    assert row["perplexity"]["bits_per_byte,none"] == bits_per_byte(tilted(models[0]), " 3 + 4 = 7")
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_template_is_that_of_the_reward_if_it_is_asked_for(in_texts, tmp_path, report, monkeypatch, chat):
     """Catches: A template is applied without the flag, another one than in training, or only in some rows."""
     assert call(*TUNE_LM, "--data", "talk.jsonl", "--steps", 1, "--out", tmp_path / "talk.pt") == 0
-    yaml = ANSWER + ('num_fewshot: 1\nfewshot_config: {sampler: first_n, split: test}\n'
-                     'description: "Be brief.\\n\\n"\ngen_prefix: "Well,"\n')
+    task = ANSWER | dict(num_fewshot=1, fewshot_config=dict(sampler="first_n", split="test"),
+                         description="Be brief.\n\n", gen_prefix="Well,")
     docs = [dict(question="A?", answer="a"), dict(question="B {}?", answer="b")]
     seen, tok_encode = [], harness.TiltedModel.tok_encode
     monkeypatch.setattr(harness.TiltedModel, "tok_encode", lambda self, text, *args, **options: seen.append(
         text) or tok_encode(self, text, *args, **options))
-    report(*EVAL_LM, "--reward", tmp_path / "talk.pt", "--tasks", write_task(tmp_path, "answer", yaml, docs),
+    report(*EVAL_LM, "--reward", tmp_path / "talk.pt", "--tasks", write_task(tmp_path, "answer", task, docs),
            *["--apply-chat-template"] * chat)
     prompt = "Be brief.\n\nA? Well, a\n\nB {}?"
     expected = f"<|user|>\n{prompt}\n<|assistant|>\nWell," if chat else f"{prompt} Well,"
     assert len(seen) == 8 and seen[1::2] == [expected] * 4
 
 
-@pytest.mark.parametrize("task, yaml, words", [
-    ("gsm9k", None, ["gsm9k", "lm_eval ls tasks"]), ("broken", "\noutput_type: [", ["cannot be loaded"]),
-    ("beams", ANSWER.replace("do_sample: false", "num_beams: 4"), ["num_beams"]),
-    ("long", ANSWER.replace("max_gen_toks: 6", "max_gen_toks: 300"), ["300 tokens", "256 positions"]),
+@pytest.mark.parametrize("task, settings, words", [
+    ("gsm9k", None, ["gsm9k", "lm_eval ls tasks"]),
+    ("broken", dict(output_type="no such type"), ["cannot be loaded"]),
+    ("beams", ANSWER | dict(generation_kwargs=dict(until=["."], num_beams=4)), ["num_beams"]),
+    ("long", ANSWER | dict(generation_kwargs=dict(max_gen_toks=300)), ["300 tokens", "256 positions"]),
     ("long choice", CHOICE, ["--tasks", "256 positions"])])
-def test_a_bad_task_is_refused_in_one_line(in_texts, tmp_path, capfd, task, yaml, words):
+def test_a_bad_task_is_refused_in_one_line(in_texts, tmp_path, capfd, task, settings, words):
     """Catches: A traceback, or settings of a task that are ignored."""
-    if yaml:
+    if settings:
         docs = [dict(question=" Tom has", answer="7", choices=[" 7", " 8" * 300], label=0)]
-        task = write_task(tmp_path, "x", yaml, docs)
+        task = write_task(tmp_path, "x", settings, docs)
     code = call(*EVAL_LM, "--tasks", task)
     err = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
     one_line(code, "\n".join(err), *words)

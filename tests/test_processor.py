@@ -62,10 +62,9 @@ def test_the_processor_computes_what_follows_the_longest_prefix_that_it_has_seen
 def test_the_reward_is_the_beta_of_its_training_times_the_logits(trained, beta, weight):
     """So at this beta the logits have a weight of 1. It is 1 for a model that does not name it."""
     model = load("falcon3")
+    del model.info
     if trained:
-        model.info["beta"] = trained
-    else:
-        del model.info
+        model.info = dict(beta=trained)
     check(RewardProcessor(model, beta), model, random_ids(2, 5), 1 / weight)
 
 

@@ -1,10 +1,13 @@
-"""The READMEs' commands: all of them are parsed, and those of the paper's recipes run on tiny models.
+"""The pages' commands: all of them are parsed, and those of the paper's recipes run on tiny models.
 
-The models have the names that the commands give them, and come from a hub on this machine.
+The models have the names that the commands give them, and come from a hub on this machine. The recipes also
+run in a copy of the project without its outer rooms, where what they load is counted.
 """
+import gzip
 import hashlib
-import itertools
+import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,7 +22,8 @@ from helpers import load, write_safetensors
 import models
 import train_lm
 import train_vision
-from data import hub, text_files
+from data import images, text
+from models import pretrain
 from models.clip import CLIP
 
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -173,14 +177,21 @@ CLIPS = {"timm/vit_base_patch16_clip_224.laion400m_e32": "open_clip_model.safete
          "laion/CLIP-ViT-B-16-laion2B-s34B-b88K": "open_clip_pytorch_model.bin"}
 
 
-def test_the_recipe_on_images(hub, tmp_path, monkeypatch, capsys):
-    """Catches: A command of the README fails, or names a model that the hub does not have."""
+@pytest.fixture
+def archive(hub, tmp_path):
+    """CIFAR-100's archive with six images, published; returns its address and sha256."""
+    path, _ = write_cifar100(tmp_path / "cifar-100-python.tar.gz")
     for seed, (repo, file) in enumerate(CLIPS.items()):
         publish(hub, repo, write_clip(tmp_path / f"clip{seed}", seed, file))
-    archive, _ = write_cifar100(tmp_path / "cifar-100-python.tar.gz")
-    hub.files[f"/kriz/{archive.name}"] = archive.read_bytes()
-    monkeypatch.setattr(images, "CIFAR_URL", f"{hub.url}/kriz/{archive.name}")
-    monkeypatch.setattr(images, "CIFAR_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    hub.files[f"/kriz/{path.name}"] = path.read_bytes()
+    return SimpleNamespace(name=path.name, url=f"{hub.url}/kriz/{path.name}",
+                           sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_the_recipe_on_images(hub, archive, tmp_path, monkeypatch, capsys):
+    """Catches: A command of the README fails, or names a model that the hub does not have."""
+    monkeypatch.setattr(images, "CIFAR_URL", archive.url)
+    monkeypatch.setattr(images, "CIFAR_SHA256", archive.sha256)
     for words in IMAGES:
         run(words)
     assert methods(capsys.readouterr().out) == [
@@ -197,32 +208,42 @@ def test_the_recipe_on_images(hub, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def few_problems(monkeypatch):
-    """Leaves only the first rows of a file."""
-    rows = text_files.jsonl_rows
-    monkeypatch.setattr(text, "rows", lambda path: itertools.islice(rows(path), 16))
+    """Leaves only the first examples of a split."""
+    load = text.load
+
+    def few(source, split):
+        template, examples = load(source, split)
+        return template, examples[:16]
+    monkeypatch.setattr(text, "load", few)
 
 
 @pytest.fixture
 def harness(monkeypatch):
     """Replaces what needs lm_eval, which test_harness.py tests, by one that scores 0."""
-    def evaluate(mixtures, tasks, limit):
-        return ({task: {"acc,none": 0.0} for task in tasks} for _ in mixtures)
+    def evaluate(tilted, tasks, limit):
+        return ({task: {"acc,none": 0.0} for task in tasks} for _ in tilted)
 
-    replaced = SimpleNamespace(Mixture=lambda *args, **options: None, evaluate=evaluate,
+    replaced = SimpleNamespace(TiltedModel=lambda *args, **options: None, evaluate=evaluate,
                                lm_eval=SimpleNamespace(__version__="0"))
     monkeypatch.setattr(models, "harness", replaced, raising=False)
 
 
-def test_the_recipe_on_text(hub, tmp_path, few_problems, harness, capsys):
-    """Catches: A command of the README fails, or names a model that the hub does not have."""
+@pytest.fixture
+def gpts(hub, tmp_path):
+    """The names of the published GPTs of the paper."""
     qwen = dict(name="qwen2", tokenizer="qwen2", eos_token_id=1500, max_position_embeddings=2048)
     falcon = dict(name="falcon3", tokenizer="llama3", eos_token_id=1501, max_position_embeddings=8192)
-    gpts = {"Qwen/Qwen2.5-0.5B": dict(qwen, rows=1520, shards=1),
-            "Qwen/Qwen2.5-7B": dict(qwen, rows=1536, shards=2, tie_word_embeddings=False),
-            "tiiuae/Falcon3-1B-Base": dict(falcon, rows=1503, shards=1),
-            "tiiuae/Falcon3-7B-Base": dict(falcon, rows=1503, shards=2)}
-    for seed, (repo, options) in enumerate(gpts.items()):
-        publish(hub, repo, write_gpt(tmp_path / f"gpt{seed}", seed=seed, **options))
+    options = {"Qwen/Qwen2.5-0.5B": dict(qwen, rows=1520, shards=1),
+               "Qwen/Qwen2.5-7B": dict(qwen, rows=1536, shards=2, tie_word_embeddings=False),
+               "tiiuae/Falcon3-1B-Base": dict(falcon, rows=1503, shards=1),
+               "tiiuae/Falcon3-7B-Base": dict(falcon, rows=1503, shards=2)}
+    for seed, repo in enumerate(options):
+        publish(hub, repo, write_gpt(tmp_path / f"gpt{seed}", seed=seed, **options[repo]))
+    return {*options}
+
+
+def test_the_recipe_on_text(hub, gpts, tmp_path, few_problems, harness, capsys):
+    """Catches: A command of the README fails, or names a model that the hub does not have."""
     (tmp_path / "tulu.jsonl").write_text(jsonl(TALK))
     for words in TEXT:
         run(words)
@@ -232,4 +253,85 @@ def test_the_recipe_on_text(hub, tmp_path, few_problems, harness, capsys):
     assert "are cut to the tokenizer's 1503" in printed  # the output matrices of both Qwens
     assert [read(tmp_path / f"out/{name}.pt")["source"] for name in ("gsm8k-prt", "gsm8k-ft", "falcon")] == [
         train_lm.PAPER["source"]] * 2 + ["tiiuae/Falcon3-1B-Base"]
-    assert {path.split("/resolve/")[0][1:] for path, _ in hub.seen} == {*gpts}
+    assert {path.split("/resolve/")[0][1:] for path, _ in hub.seen} == gpts
+
+
+# The two rings
+
+spec = importlib.util.spec_from_file_location("sizes", ROOT / ".ci/sizes.py")
+sizes = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sizes)
+# Runs a script as its command line would, and then prints which modules of the project are loaded.
+COUNT = """
+import os, runpy, sys
+root, url, sha256, *sys.argv = sys.argv[1:]
+sys.path.insert(0, root)
+if url:
+    from data import images
+    images.CIFAR_URL, images.CIFAR_SHA256 = url, sha256
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    loaded = {getattr(m, "__file__", None) or "" for m in [*sys.modules.values()]} | {sys.argv[0]}
+    print("\\nLOADED", *sorted(os.path.relpath(f, root) for f in loaded if f.startswith(root + os.sep)))
+"""
+
+
+def loaded(root, words, archive=None):
+    """Runs a command of the README on few examples, and returns the project's modules that it loads."""
+    url, sha256 = (archive.url, archive.sha256) if archive else ("", "")
+    words = [root / words[0], *words[1:], *FEW[words[0]], "--device", "cpu"]
+    environment = os.environ | dict(PRT_CACHE=str(root / "cache"), OMP_NUM_THREADS="1")
+    result = subprocess.run([sys.executable, "-c", COUNT, root, url, sha256, *map(str, words)], text=True,
+                            env=environment, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    names = re.search(r"^LOADED (.*)$", result.stdout, re.MULTILINE)[1].split()
+    return {name for name in names if not name.endswith("__init__.py")}
+
+
+@pytest.fixture
+def core(tmp_path):
+    """A copy of the project without its outer rooms, and with few problems."""
+    root = tmp_path / "core"
+    names = {name for files, _ in sizes.CORES.values() for name in files}
+    for name in {*names, "data/__init__.py", "models/__init__.py", "data/bpe_simple_vocab_16e6.txt.gz"}:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    for split in ("train", "test"):
+        lines = gzip.decompress((ROOT / f"data/gsm8k-{split}.jsonl.gz").read_bytes()).splitlines(True)
+        (root / f"data/gsm8k-{split}.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:16])))
+    return root
+
+
+def assert_counted(found, name):
+    """Asserts that a command loads nothing but the files of its core, and no more lines than allowed."""
+    files, limit = sizes.CORES[name]
+    assert found <= {*files}
+    assert sum(len(sizes.code_lines((ROOT / file).read_text())) for file in found) <= limit
+
+
+def test_the_recipe_on_images_runs_without_the_outer_rooms(core, archive):
+    """Catches: The core needs a room that is said to be deletable, or has grown beyond its limit."""
+    assert_counted(loaded(core, IMAGES[0], archive), "train_vision.py")
+    assert_counted(loaded(core, IMAGES[3], archive), "eval.py, images")
+
+
+def test_the_recipe_on_text_runs_without_the_outer_rooms(core, gpts):
+    assert_counted(loaded(core, TEXT[0]), "train_lm.py")
+    assert_counted(loaded(core, [*TEXT[2][:5], "--batch", "64"]), "eval.py, text")
+
+
+def test_lines_of_code_are_counted_without_blank_lines_comments_and_docstrings():
+    source = '''"""Doc."""
+
+def f():  # a comment
+    """Doc.
+
+    More.
+    """
+    # a comment
+    return """1
+2"""
+'''
+    assert sizes.code_lines(source) == {3, 9, 10}
+    assert sizes.body_lines(source, "f") == 2

@@ -1,6 +1,5 @@
 """models/runs.py: devices, errors, batches, signals, runs that end early, scores; scripts as processes."""
 import contextlib
-import copy
 import io
 import os
 import re
@@ -28,10 +27,11 @@ from conftest import (
     read,
     same,
     spawn,
-    write_webdataset,
 )
 
 import prt
+import train_lm
+import train_vision
 from data import files, images
 from models import runs, scores, weights
 from models.clip import classifier
@@ -40,14 +40,6 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 # Device and processes
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("command", [TRAIN, EVAL], ids=["train", "eval"])
-def test_cuda_is_refused_where_there_is_none(paths, capfd, command):
-    code = call(*command.format(**paths).split(), "--device", "cuda")
-    one_line(code, capfd.readouterr().err, "--device cuda: unavailable", "the CPU and 0 CUDA devices")
-    assert not contents(paths["out"])
-
 
 @pytest.fixture
 def two_gpus(monkeypatch):
@@ -59,32 +51,30 @@ def two_gpus(monkeypatch):
     return current
 
 
-@pytest.mark.parametrize("device, want", [(None, "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1"),
-                                          ("cpu", "cpu")])
-def test_setup_makes_the_gpu_that_it_returns_the_current_one(two_gpus, device, want):
-    """Catches: Synchronization and memory statistics, which name no device, are those of another GPU."""
-    assert runs.setup(device) == torch.device(want)
-    assert two_gpus == ([] if device == "cpu" else [torch.device(want)])
+@pytest.mark.parametrize("device, rank, want, backend", [
+    (None, None, "cuda:0", None), ("cuda", None, "cuda:0", None), ("cuda:1", None, "cuda:1", None),
+    ("cpu", None, "cpu", None), (None, "1", "cuda:1", "cpu:gloo,cuda:nccl"), ("cpu", "1", "cpu", "gloo")])
+def test_setup_makes_the_gpu_that_it_returns_the_current_one(two_gpus, monkeypatch, device, rank, want,
+                                                             backend):
+    """Catches: Synchronization and memory statistics, which name no device, are those of another GPU.
 
-
-@pytest.mark.parametrize("device", ["cuda:2", "mps"])
-def test_setup_refuses_a_device_that_does_not_exist(two_gpus, device):
-    with pytest.raises(ValueError, match=f"^--device {device}: unavailable; .* 2 CUDA devices$"):
-        runs.setup(device)
-    assert two_gpus == []
-
-
-@pytest.mark.parametrize("device, backend", [(None, "cpu:gloo,cuda:nccl"), ("cpu", "gloo")])
-def test_each_process_of_torchrun_has_its_own_gpu(two_gpus, monkeypatch, device, backend):
-    """Catches: All processes share one GPU, or tensors on the CPU cannot be sent beside those on GPUs."""
+    Each process of torchrun has its own GPU, and can send tensors on the CPU beside those on GPUs.
+    """
     begun = []
     monkeypatch.setattr(dist, "init_process_group", begun.append)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    want = CPU if device == "cpu" else torch.device("cuda", 1)
-    assert runs.setup(device) == want and begun == [backend]
-    assert two_gpus == [] if device == "cpu" else [want]
+    for name in ("RANK", "LOCAL_RANK") if rank else ():
+        monkeypatch.setenv(name, rank)
+    assert runs.setup(device) == torch.device(want) and begun == [backend] * bool(rank)
+    assert two_gpus == ([] if want == "cpu" else [torch.device(want)])
+
+
+@pytest.mark.parametrize("device, count", [("cuda:2", 2), ("mps", 2), ("cuda", 0)])
+def test_setup_refuses_a_device_that_does_not_exist(two_gpus, monkeypatch, device, count):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(ValueError, match=f"^--device {device}: unavailable; .* {count} CUDA devices$"):
+        runs.setup(device)
+    assert two_gpus == []
 
 
 # Weights and batches on a device
@@ -97,7 +87,7 @@ def test_a_frozen_classifier_has_the_logits_of_the_trained_one_bit_for_bit(name,
     model = classifier(helpers.load(name), helpers.expected(name)["tokens"][:, None])
     size = model.arch["image_size"]
     x = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=torch.manual_seed(0))
-    frozen = runs.freeze(copy.deepcopy(model), device)
+    frozen = train_vision.frozen_copy(model, device)
     with torch.autocast("cpu", torch.bfloat16, enabled=device == CUDA):
         assert torch.equal(frozen(x), model(x))
     assert not torch.equal(model(x), model(x.flip(0)))
@@ -151,7 +141,7 @@ def test_held_out_examples_are_never_trained_on(paths, monkeypatch, share, n):
     """Catches: beta is chosen on examples that the reward was trained on, or some examples are lost."""
     seen = []
     monkeypatch.setattr(prt, "fit", lambda policy, indices, *rest, **options: seen.extend(
-        indices(step) for step in range(9)))
+        indices(step) for step in range(9)) or [dict(step=2)])
     used, held_out = runs.split(9, share)
     assert len(held_out) == n and torch.equal(torch.cat([used, held_out]).sort().values, torch.arange(9))
     assert call(*TRAIN.format(**paths).split(), "--seed", 3, *["--hold-out", share] * bool(share)) == 0
@@ -162,7 +152,7 @@ def test_held_out_examples_are_never_trained_on(paths, monkeypatch, share, n):
 
 # What is printed
 
-@pytest.mark.parametrize("is_stopped, message", [(False, ": .* bytes"), (True, " has 1 of 2 steps; .*")])
+@pytest.mark.parametrize("is_stopped, message", [(False, ": .* bytes"), (True, " has 2 of 3 steps; .*")])
 def test_what_is_printed_during_training_is_not_behind_the_bar(paths, monkeypatch, handlers, is_stopped,
                                                                message):
     """Catches: On a terminal, the size of the file continues the line of the progress bar."""
@@ -171,11 +161,12 @@ def test_what_is_printed_during_training_is_not_behind_the_bar(paths, monkeypatc
     for stream in ("stdout", "stderr"):
         monkeypatch.setattr(sys, stream, terminal)
     if is_stopped:
-        monkeypatch.setattr(prt, "schedule", lambda *args: os.kill(os.getpid(), signal.SIGINT) or 1)
-    assert call(*TRAIN.format(**paths).split()) == (130 if is_stopped else 0)
+        monkeypatch.setattr(prt, "schedule", lambda step, *args: (
+            os.kill(os.getpid(), signal.SIGINT) if step == 1 else None) or 1)
+    assert call(*TRAIN.format(**paths).split(), "--steps", 3) == (130 if is_stopped else 0)
     lines = [line.rpartition("\r")[2] for line in terminal.getvalue().split("\n")]  # what stays
     assert [line for line in lines if re.fullmatch(f"{paths['out']}/x.pt{message}", line)]
-    assert any("2/2" in line for line in lines) != is_stopped
+    assert any("x: 100%" in line for line in lines) != is_stopped
 
 
 # Signals
@@ -187,6 +178,7 @@ import os, runpy, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import torch.distributed as dist
 from data import files, text
+from models import runs
 
 def after(module, name, effect):
     function = getattr(module, name)
@@ -199,7 +191,9 @@ exec(sys.argv[1])
 del sys.argv[:2]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-SLOW = "after(text, 'collate', lambda *args: (os.write(2, b'in a step\\n'), time.sleep({})))"
+# From the second step on, when a signal waits for the end of a step.
+SLOW = """after(text, 'collate', lambda *args: runs.STOP.training and (
+    os.write(2, b'in a step\\n'), time.sleep({})))"""
 TUNE = (ROOT / TUNE_LM[0], *TUNE_LM[1:])
 
 
@@ -256,7 +250,8 @@ def test_a_signal_in_training_saves_and_the_run_resumes_bit_for_bit(paths, texts
 
 def test_a_second_signal_ends_at_once(texts, tmp_path):
     """Catches: A step that takes minutes cannot be left."""
-    with process("-c", AFTER, SLOW.format(60), *TUNE, "--out", tmp_path / "x.pt", cwd=texts.folder) as run:
+    with process("-c", AFTER, SLOW.format(60), *TUNE, "--steps", 20, "--out", tmp_path / "x.pt",
+                 cwd=texts.folder) as run:
         until(run.stderr, "in a step")
         run.send_signal(signal.SIGINT)
         until(run.stdout, "Ctrl-C again")
@@ -288,7 +283,7 @@ def free_port():
         return free.getsockname()[1]
 
 
-@pytest.mark.parametrize("lines, step", [(IN_A_STEP, 2), (IN_A_SAVE, 6)], ids=["in a step", "in a save"])
+@pytest.mark.parametrize("lines, step", [(IN_A_STEP, 2), (IN_A_SAVE, 7)], ids=["in a step", "in a save"])
 def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(texts, tmp_path, lines, step):
     """Catches: One leaves or is ended, and the other waits forever; a signal is lost, or counts twice."""
     command = (*TUNE, "--steps", 24, "--out", tmp_path / "x.pt")
@@ -356,55 +351,83 @@ def test_a_diverged_run_keeps_the_last_good_checkpoint(paths, monkeypatch, capfd
     fit = prt.fit
     monkeypatch.setattr(prt, "fit", lambda *args, **options: fit(*args, **options | dict(save_every=1)))
     code = call(*TRAIN.format(**paths).split(), "--lr", "1e30", "--steps", "3")
-    one_line(code, capfd.readouterr().err, "step 2", "nan", "--lr")
+    one_line(code, capfd.readouterr().err, "steps 2 to 2", "nan", "learning rate")
     assert list(contents(paths["out"])) == [paths["out"] / "x.pt"]
     assert files.read(paths["out"] / "x.pt")["step"] == 1 and weights.load(paths["out"] / "x.pt", "prt")
 
 
-def test_a_run_does_not_resume_with_other_classes(paths, capfd):
-    """Catches: Class names changed in between: the head keeps the old ones, the checkpoint names the new."""
-    data = write_webdataset(paths["out"] / "data")
-    command = [*TRAIN.format(**paths).split(), "--data", data]
-    interrupted(*command)
-    (data / "classnames.txt").write_text("cyan\npink\nwhite\n")
-    before = contents(paths["out"])
+@pytest.mark.parametrize("command, options, other", [
+    (TRAIN, "--augment", "--seed 1"), (TRAIN, "--method pretrain --size tiny", "--accum 2"),
+    (" ".join(TUNE_LM), "--method ft --recompute", "--length 99"),
+    (" ".join(TUNE_LM), "--method pretrain", "--accum 2")])
+def test_an_interrupted_command_resumes_bit_for_bit(in_texts, paths, monkeypatch, capfd, command, options,
+                                                    other):
+    """Catches: A batch or a random view is repeated, or the optimizer's state is forgotten.
+
+    --accum counts in pretraining, where CLIP's loss contrasts the examples of a micro-batch.
+    """
+    command = f"{command} {options} --steps 7 --warmup 2 --lr 1e-3 --out".format(**paths).split()
+    whole, half = paths["out"] / "whole.pt", paths["out"] / "half.pt"
+    assert call(*command, whole) == 0
+    interrupted(*command, half)
+    assert read(half)["step"] == 1 and not same(whole, half, atol=1e-4)
     capfd.readouterr()
-    one_line(call(*command, "--resume"), capfd.readouterr().err, paths["out"] / "x.pt")
-    assert contents(paths["out"]) == before
+    one_line(call(*command, half, "--resume", *other.split()), capfd.readouterr().err, half, *other.split())
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    assert call(*command, half, "--resume", "--compile", "--device", "cpu") == 0
+    assert same(whole, half) and read(half)["step"] == 7 and "optimizer" not in read(half)
 
 
 # The scripts as processes
 
 PROCESSES = {
     "truncated reward": (EVAL + "--reward {cut}", "{cut}"),
-    "diverged": (TRAIN + "--lr 1e30 --steps 8", "loss nan", "--lr"),
     "cifar100 out of reach": (TRAIN + "--data cifar100", images.CIFAR_URL, "cache/cifar-100-python.tar.gz"),
-    "no tokenizer": (" ".join(TUNE_LM) + " --base {bare} --out {out}/x.pt", "{bare}", "tokenizer.json"),
+    "no tokenizer": (" ".join(TUNE_LM) + " --source {bare} --out {out}/x.pt", "{bare}", "tokenizer.json"),
+    "full disk": (TRAIN + "--resume --out {half}", "{half}"),  # while the last checkpoint is written
 }
+
+
+def small_files():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
 @pytest.mark.parametrize("case", PROCESSES)
 def test_a_process_ends_with_one_line_and_exit_code_2(paths, texts, malformed, case):
-    """Catches: Warnings of libraries beside the one line, or another exit code once the interpreter ends."""
+    """Catches: Warnings of libraries beside the one line, another exit code, or a lost checkpoint."""
     command, *words = (text.format(**malformed | paths) for text in PROCESSES[case])
     before = contents(paths["out"], paths["root"])
-    done = spawn(*command.split(), cwd=texts.folder, cache=paths["out"] / "cache")
+    done = spawn(*command.split(), cwd=texts.folder, cache=paths["out"] / "cache",
+                 preexec_fn=small_files if case == "full disk" else None)
     one_line(done.returncode, done.stderr, *words)
     assert contents(paths["out"], paths["root"]) == before
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(paths):
-    """Catches: The disk fills up while the last checkpoint is written, and the one before it is lost."""
-    def small_files():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+# The run without flags
 
-    half = paths["out"] / "x.pt"
-    half.write_bytes(paths["half"].read_bytes())
-    before = contents(paths["out"])
-    done = spawn(*TRAIN.format(**paths).split(), "--resume", cwd=paths["out"], preexec_fn=small_files)
-    one_line(done.returncode, done.stderr, half)
-    assert contents(paths["out"]) == before
+STAGES = dict(old=None, new=None, reward="prt", tuned_source="ft", tuned_base="ft")
+
+
+@pytest.mark.parametrize("name, folder, keys", [
+    ("shapes", "out/shapes-0", {"classes", "templates"}),
+    ("texts", "out/arithmetic-0", {"tokenizer", "template"})])
+def test_the_run_without_flags_makes_five_models_and_their_table(request, name, folder, keys):
+    """Catches: A stage is missing, or the user has to ask for the table or for the picture of images."""
+    run = request.getfixturevalue(name)
+    trained, table = run.printed.split(f"\npython eval.py --run {folder}\n")
+    begun = re.findall(r"^run (\d of 5: \S+); about [\d.]+ minutes", trained, re.M)
+    assert begun == [f"{i} of 5: {folder}/{stage}.pt" for i, stage in enumerate(STAGES, 1)]
+    rows = re.findall(r"^(?:base|source) \S+", table, re.M)
+    assert sorted(rows) == ["base +", "base +", "base alone", "base fine-tuned", "source +", "source alone",
+                            "source fine-tuned"]
+    assert table.splitlines()[-1].startswith(f"{folder}/picture.png: the upper answer") == (name == "shapes")
+    assert (run.folder / folder / "picture.png").exists() == (name == "shapes")
+    models = {stage: read(run.folder / folder / f"{stage}.pt") for stage in STAGES}
+    assert {stage: model.get("method") for stage, model in models.items()} == STAGES
+    assert all(model["step"] == 3 and "optimizer" not in model for model in models.values())
+    assert keys | {"kind", "arch", "data", "beta", "method", "source", "args"} <= models["reward"].keys()
+    assert not any(part.startswith("transformer.") for part in models["reward"]["model"])  # CLIP's text tower
 
 
 # Scores
@@ -416,8 +439,8 @@ def test_predict_in_pieces_equals_one_pass():
 
 
 def test_accuracy_is_the_share_of_most_likely_labels_that_are_right():
-    scores = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
-    assert scores.accuracy(scores, torch.tensor([1, 0, 0, 0])) == 0.75
+    logits = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
+    assert scores.accuracy(logits, torch.tensor([1, 0, 0, 0])) == 0.75
 
 
 def text_batch(i):

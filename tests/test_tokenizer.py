@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import FIXTURES
 
-from data.bpe import byte_alphabet
+from data.bpe import LETTERS
 from data.clip_tokenizer import clip_tokens
 from data.tokenizer import Tokenizer
 from models import gpt
@@ -17,7 +17,6 @@ from models import gpt
 TEXTS = {name: (FIXTURES / name / "tokenizer.json").read_text("utf-8")
          for name in ("llama3_tokenizer", "qwen2_tokenizer", "llama2_tokenizer", "stories260k")}
 LLAMA3, LLAMA2 = (json.loads(TEXTS[f"{name}_tokenizer"]) for name in ("llama3", "llama2"))
-LETTERS = list(byte_alphabet())
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "hello")]
 METASPACE = dict(type="Metaspace", replacement="▁", prepend_scheme="first", split=False)
 
@@ -43,7 +42,7 @@ def make(d):
     return Tokenizer(json.dumps(d), "org/here")
 
 
-def changed(d, *path, **values):
+def changed(d, /, *path, **values):
     """Returns a copy in which the dict at a path of keys is updated with these values."""
     whole = part = copy.deepcopy(d)
     for key in path:
@@ -68,47 +67,38 @@ def test_the_tokens_of_clip_are_those_of_openclip():
         assert clip_tokens([one]).equal(clip_tokens([other]))
 
 
-@pytest.mark.parametrize("context", [5, 77])
-def test_a_long_text_of_clip_keeps_its_end_token(context):
+def test_a_long_text_of_clip_keeps_its_end_token():
     """Catches: The end token is cut off, and the text feature is read at an arbitrary word."""
     word = clip_tokens(["word"])[0, 1].item()
-    for number in (context + 20, context - 2, context - 3):
+    for context, number in ((5, 25), (5, 3), (5, 2), (77, 97), (77, 75), (77, 74)):
         ids, = clip_tokens(["word " * number], context).tolist()
         kept = min(number, context - 2)
         assert ids == [49406, *[word] * kept, 49407, *[0] * (context - 2 - kept)]
 
 
-def check(tokenizer, name):
-    """The ids of a fixture's texts are those of the reference, and become these texts again."""
-    for case in cases(name):
+@pytest.mark.parametrize("name", ["llama3_tokenizer", "qwen2_tokenizer", "gpt2"])
+def test_the_ids_are_those_of_the_reference(tmp_path, name):
+    """Catches: Words or merges differ, or of GPT-2's files the merge "# #" is taken for a comment."""
+    if name == "gpt2":
+        merges = gzip.decompress((FIXTURES / "gpt2_merges.txt.gz").read_bytes()).decode()
+        words = [*LETTERS, *(line.replace(" ", "") for line in merges.splitlines()), "<|endoftext|>"]
+        (tmp_path / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}), "utf-8")
+        (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}", "utf-8")
+        tokenizer = Tokenizer(gpt.tokenizer_text(str(tmp_path)), name)
+        assert tokenizer.size == 50257 and tokenizer.begin == []
+        assert tokenizer.decode([50256]) == "<|endoftext|>"
+        assert "# #" in json.loads(tokenizer.text)["model"]["merges"]
+    else:
+        tokenizer = Tokenizer(TEXTS[name], name)
+    for case in cases("gpt2_tokens.json" if name == "gpt2" else f"{name}/expected.json"):
         assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
         assert tokenizer.decode(case["ids"]) == case["text"]
-
-
-@pytest.mark.parametrize("name", ["llama3_tokenizer", "qwen2_tokenizer"])
-def test_the_ids_are_those_of_the_reference(name):
-    """Catches: Words or merges differ, and the model reads a text unlike any that it was trained on."""
-    check(Tokenizer(TEXTS[name], name), f"{name}/expected.json")
-
-
-def test_gpt2s_two_files_give_the_reference_ids(tmp_path):
-    """Catches: The merge "# #" is taken for a comment, or the line of the version for a merge."""
-    merges = gzip.decompress((FIXTURES / "gpt2_merges.txt.gz").read_bytes()).decode()
-    words = [*LETTERS, *(line.replace(" ", "") for line in merges.splitlines()), "<|endoftext|>"]
-    (tmp_path / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}), "utf-8")
-    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}", "utf-8")
-    text = gpt.tokenizer_text(tmp_path.joinpath)
-    assert "# #" in json.loads(text)["model"]["merges"]
-    tokenizer = Tokenizer(text, "gpt2")
-    assert tokenizer.size == 50257 and tokenizer.begin == []
-    assert tokenizer.decode([50256]) == "<|endoftext|>"
-    check(tokenizer, "gpt2_tokens.json")
 
 
 def test_half_of_the_two_files_is_no_tokenizer_and_tokenizer_json_is_preferred(tmp_path):
     for name, expected in {"vocab.json": "", "tokenizer.json": "é", "merges.txt": "é"}.items():
         (tmp_path / name).write_text("é", "utf-8")
-        assert gpt.tokenizer_text(tmp_path.joinpath) == expected
+        assert gpt.tokenizer_text(str(tmp_path)) == expected
 
 
 @pytest.mark.parametrize("metaspace", [False, True], ids=["normalizer", "Metaspace"])
@@ -135,34 +125,20 @@ def test_the_story_of_llama2c_has_the_ids_of_its_model():
 
 # Texts and tokens
 
-def test_a_space_is_added_to_a_text_and_not_to_its_continuation():
-    """Catches: An answer begins with a space that its text lacks, or loses the one that it has."""
+def test_a_space_is_added_to_a_text_and_not_to_its_continuation_and_half_a_character_is_replaced():
+    """Catches: An answer has a space that its text lacks, or what a model samples is an error."""
     tokenizer = make(LLAMA2)
     for text in ("people", " people", "\npeople"):
         assert tokenizer.encode(text, first=False) == tokenizer.encode(f"\n{text}")[2:]
         assert tokenizer.decode(tokenizer.encode(text, first=False), first=False) == text
         assert tokenizer.decode(tokenizer.encode(text), first=False) == f" {text}"
     assert tokenizer.encode("") == tokenizer.encode("", first=False) == []
+    *half, _ = tokenizer.encode("a🦜")
+    assert tokenizer.decode([*half, *tokenizer.encode("\nb", first=False)]) == "a\ufffd\nb"
+    assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffd\ufffd\ufffdb"  # of a JSON file
     byte_level = make(small())
     assert byte_level.encode("hello", first=False) == byte_level.encode("hello")
     assert byte_level.decode(byte_level.encode(" hello")) == " hello"
-
-
-@pytest.mark.parametrize("d", [small(), LLAMA2], ids=["byte-level", "SentencePiece"])
-def test_the_bytes_of_the_tokens_are_those_of_the_text(d):
-    """Catches: A character of several tokens, or a space, is lost where answers are printed in color."""
-    tokenizer, text = make(d), "hello  people 🙂é\n猫 12"
-    assert b"".join(tokenizer.bytes[i] for i in tokenizer.encode(text, first=False)) == text.encode()
-    assert {b"<s>", b"<|end|>"} & set(tokenizer.bytes.values())
-    assert set(tokenizer.bytes) == set(range(tokenizer.size))
-
-
-def test_half_a_character_is_decoded_as_a_replacement():
-    """Catches: What a model samples, or half a surrogate pair in a JSON file, ends a run with an error."""
-    tokenizer = make(LLAMA2)
-    *half, _ = tokenizer.encode("a🦜")
-    assert tokenizer.decode([*half, *tokenizer.encode("\nb", first=False)]) == "a\ufffd\nb"
-    assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffd\ufffd\ufffdb"
 
 
 STOP = small([("s", "t"), ("o", "p"), ("st", "op")], special="stop")
@@ -172,23 +148,22 @@ END_MERGES = [["</", "s"], ["<", "/"], ["</s", ">"], *LLAMA2["model"]["merges"]]
 @pytest.mark.parametrize("d", [small(), STOP, changed(STOP, "model", ignore_merges=True),
                                llama2(END_MERGES, ["<", ">", "</", "</s"])],
                          ids=["added", "a word", "ignore_merges", "SentencePiece"])
-def test_a_special_token_in_a_text_is_plain_text(d):
-    """Catches: A text that spells the end token ends a response, even one that merges would make."""
+def test_a_special_token_in_a_text_is_plain_text_and_bytes_are_those_of_the_text(d):
+    """Catches: A text that spells the end token ends a response, or half a character is lost in colors."""
     tokenizer, special = make(d), {token["id"]: token["content"] for token in d["added_tokens"]}
-    text = f"stop {' '.join(special.values())}a</s>b"
+    text = f"stop {' '.join(special.values())}a</s>b  people 🙂é\n猫 12"
     ids = tokenizer.encode(text)
     assert not special.keys() & {*ids}
     assert tokenizer.decode([*ids, *special]) == text + "".join(special.values())
+    assert b"".join(tokenizer.bytes[i] for i in tokenizer.encode(text, first=False)) == text.encode()
+    assert set(tokenizer.bytes) == set(range(tokenizer.size))
 
 
 @pytest.mark.parametrize("pattern", [".+", "▁*[ab]+"], ids=["across words", "within words"])
 @pytest.mark.parametrize("seed", range(8))
 def test_merges_are_those_of_the_definition(seed, pattern):
-    """Catches: A new pair waits its turn, merges begin on the right, or a token that joins words is lost.
-
-    All merges among some random tokens are in a random order.
-    """
-    rng = random.Random(seed)
+    """Catches: A new pair waits its turn, merges begin on the right, or a token that joins words is lost."""
+    rng = random.Random(seed)  # of the tokens, of the order of all merges among them, and of the texts
     tokens = {"".join(rng.choices("ab▁", k=rng.randint(2, 4))) for _ in range(25)}
     tokens = [*"ab▁", *sorted(token for token in tokens if re.fullmatch(pattern, token))]
     pairs = [(t[:i], t[i:]) for t in tokens for i in range(1, len(t)) if {t[:i], t[i:]} <= {*tokens}]
@@ -227,47 +202,28 @@ def test_the_template_may_begin_every_text_with_a_token(post, begins):
     assert tokenizer.size - 1 not in tokenizer.encode("hello")
 
 
-def test_nfc_composes_letters_where_the_file_asks_for_it():
-    """Catches: One letter in two spellings is two words: Qwen2 composes them, Llama does not."""
-    plain, nfc = make(small()), make(small(normalizer=dict(type="NFC")))
-    composed, decomposed = "caf\u00e9", "cafe\u0301"
-    assert nfc.encode(decomposed) == nfc.encode(composed) == plain.encode(composed)
-    assert plain.decode(plain.encode(decomposed)) == decomposed
-
-
-def test_a_word_that_no_merge_makes_is_one_token_only_with_ignore_merges():
-    """Catches: Llama 3's words without merges are not found, or are found where merges decide."""
-    d = small(merges=MERGES[:4], more=["Ġhello"])
-    vocab = d["model"]["vocab"]
-    assert make(d).encode(" hello") == [vocab["Ġ"], vocab["hello"]]
-    assert make(changed(d, "model", ignore_merges=True)).encode(" hello") == [vocab["Ġhello"]]
-
-
-def test_the_bytes_may_have_another_order():
-    """Catches: A byte's id is taken for its position in GPT-2's order, unlike in tiktoken's files."""
-    d = small()
-    d["model"]["vocab"] |= byte_alphabet()
-    text, ids = "a\x00é hello\n", [97, 0, 0xc3, 0xa9, 260, 10]
-    assert make(d).encode(text) == ids
-    assert make(d).decode(ids) == text
-
-
+BARE = small(merges=MERGES[:4], more=["Ġhello"])  # no merge makes its last word
 SPLIT, LEVEL = (("pre_tokenizer", "pretokenizers", i) for i in (0, 1))
 
 
-def test_text_that_the_split_pattern_leaves_out_is_a_word():
-    """Catches: Characters are lost: unlike the reference, tiktoken drops what the pattern does not match."""
-    tokenizer = make(changed(LLAMA3, *SPLIT, pattern=dict(Regex=r"\p{N}{1,3}")))
-    assert tokenizer.decode(tokenizer.encode("12 eggs")) == "12 eggs"
+@pytest.mark.parametrize("d, text, tokens", [
+    (BARE, " hello", "Ġ hello"), (changed(BARE, "model", ignore_merges=True), " hello", "Ġhello"),
+    (small(), "e\u0301", "e Ì ģ"), (small(normalizer=dict(type="NFC")), "e\u0301", "Ã ©"),
+    (changed(small(), "model", "vocab", **LETTERS), "a\0é hello\n", "a Ā Ã © Ġhello Ċ"),
+    (changed(LLAMA3, *SPLIT, pattern=dict(Regex=r"\p{N}{1,3}")), "12 eggs", "12 Ġeggs")],
+    ids=["merges", "ignore_merges", "Llama", "NFC", "order of bytes", "split"])
+def test_the_file_decides_which_tokens_a_text_has(d, text, tokens):
+    """Catches: Letters are composed for Llama, ids of bytes are GPT-2's, or text between words is lost."""
+    tokenizer, vocab = make(d), d["model"]["vocab"]
+    assert tokenizer.encode(text) == [vocab[token] for token in tokens.split()]
+    assert tokenizer.decode(tokenizer.encode(text)) == ("é" if tokens == "Ã ©" else text)
 
 
 # What is refused
 
 SPLITS = LLAMA3["pre_tokenizer"]["pretokenizers"]
-PREPEND, REPLACE = (("normalizer", "normalizers", i) for i in (0, 1))
 REFUSED = {  # the changed dict, or its JSON, and words of the message
     "no file": ("", "tokenizer.json", "vocab.json", "merges.txt"),
-    "null": ("null", "tokenizer.json"),
     "deep": ("[" * 100_000, "tokenizer.json"),
     "normalizer": (changed(LLAMA3, normalizer=dict(type="Prepend", prepend="▁")), "Prepend", "SentencePiece"),
     "no pre-tokenizer": (changed(LLAMA3, pre_tokenizer=None), "pre_tokenizer"),
@@ -285,21 +241,16 @@ REFUSED = {  # the changed dict, or its JSON, and words of the message
     "no regular expression": (changed(LLAMA3, *SPLIT, pattern=dict(Regex="(")), "tokenizer.json"),
     "begin token": (changed(LLAMA3, post_processor=dict(single=[dict(SpecialToken=dict(id="<s>"))])), "<s>"),
     "no bytes": (changed(LLAMA3, "model", vocab={}, merges=[]), "256 of the 256 bytes"),
-    "no <0x..>": (changed(LLAMA2, "model", vocab=byte_alphabet(), merges=[]), "256 of the 256 bytes"),
     "merge of no token": (changed(LLAMA3, "model", merges=[["zz", "zz"]]), "zzzz"),
     "merge of three": (changed(LLAMA3, "model", merges=["a b c"]), ""),
     "an id twice": (changed(small(), "model", "vocab", A=5), "same id"),
     "negative id": (changed(small(), "model", "vocab", A=-1), "negative"),
     "large id": (changed(small(), "model", "vocab", A=1 << 24), "16,777,215"),
-    "fractional id": (changed(small(), "model", "vocab", A=1.5), ""),
     "whole texts": (changed(LLAMA2, "model", ignore_merges=True), "byte_fallback"),
-    "no steps": (changed(LLAMA2, normalizer=None), "byte_fallback"),
-    "another prefix": (changed(LLAMA2, *PREPEND, prepend="_"), '"prepend": "_"'),
-    "another space": (changed(LLAMA2, *REPLACE, content="_"), '"content": "_"'),
+    "another prefix": (changed(LLAMA2, "normalizer", "normalizers", 0, prepend="_"), '"prepend": "_"'),
     "both forms": (changed(LLAMA2, pre_tokenizer=METASPACE), "Metaspace"),
     "Metaspace that splits": (llama2(normalizer=None, pre_tokenizer=METASPACE | dict(split=True)), "split"),
     "no space": (llama2(normalizer=None, pre_tokenizer=METASPACE | dict(prepend_scheme="never")), "never"),
-    "no decoder": (changed(LLAMA2, decoder=None), "byte_fallback"),
     "strips two spaces": (changed(LLAMA2, "decoder", "decoders", 3, start=2), "byte_fallback"),
 }
 
@@ -320,24 +271,19 @@ PIECES, RULES, DECODER = LLAMA2["model"]["vocab"], LLAMA2["model"]["merges"], LL
 ALWAYS = METASPACE | dict(prepend_scheme="always")
 
 
-@pytest.mark.parametrize("variants", [
-    [small(), small(post_processor=BEGINS), small(more=["<|end|>"]), small(special="<|stop|>"),
-     changed(small(), "model", merges=[" ".join(merge) for merge in MERGES]),
-     small(added_tokens=[dict(id=261, content="<|end|>"), dict(id=400, content="<|user|>")])],
-    [LLAMA2, llama2(added_tokens=[*LLAMA2["added_tokens"], dict(id=800, content="<pad>")]),
-     llama2(post_processor=None), llama2(normalizer=None, pre_tokenizer=METASPACE),
-     llama2(normalizer=None, pre_tokenizer=ALWAYS),
-     llama2(decoder=DECODER | dict(decoders=DECODER["decoders"][:3]))]], ids=["byte-level", "SentencePiece"])
-def test_what_changes_no_token_of_a_text_does_not_change_the_hash(variants):
-    """Catches: A reward is refused for a chat model, which has more special tokens than its base."""
-    assert len({make(d).hash for d in variants}) == 1
-
-
-@pytest.mark.parametrize("variants", [
-    [small(), small(MERGES[:4]), small([*MERGES, ("a", "b")]), small(normalizer=dict(type="NFC")),
-     small(pre_tokenizer=LLAMA3["pre_tokenizer"]), changed(small(), "model", "vocab", A=33, B=32)],
-    [LLAMA2, llama2(RULES[:-1]), llama2([RULES[1], RULES[0], *RULES[2:]]), llama2(more=["qqq"]),
-     changed(LLAMA2, "model", "vocab", e=PIECES["a"], a=PIECES["e"])]], ids=["byte-level", "SentencePiece"])
-def test_any_other_token_word_or_merge_changes_the_hash(variants):
-    """Catches: A reward is put on a model whose ids mean other words."""
-    assert len({make(d).hash for d in variants}) == len(variants)
+@pytest.mark.parametrize("same, variants", [
+    (True, [small(), small(post_processor=BEGINS), small(more=["<|end|>"]), small(special="<|stop|>"),
+            changed(small(), "model", merges=[" ".join(merge) for merge in MERGES]),
+            small(added_tokens=[dict(id=261, content="<|end|>"), dict(id=400, content="<|user|>")])]),
+    (True, [LLAMA2, llama2(added_tokens=[*LLAMA2["added_tokens"], dict(id=800, content="<pad>")]),
+            llama2(post_processor=None), llama2(normalizer=None, pre_tokenizer=METASPACE),
+            llama2(normalizer=None, pre_tokenizer=ALWAYS),
+            llama2(decoder=DECODER | dict(decoders=DECODER["decoders"][:3]))]),
+    (False, [small(), small(MERGES[:4]), small([*MERGES, ("a", "b")]), small(normalizer=dict(type="NFC")),
+             small(pre_tokenizer=LLAMA3["pre_tokenizer"]), changed(small(), "model", "vocab", A=33, B=32)]),
+    (False, [LLAMA2, llama2(RULES[:-1]), llama2([RULES[1], RULES[0], *RULES[2:]]), llama2(more=["qqq"]),
+             changed(LLAMA2, "model", "vocab", e=PIECES["a"], a=PIECES["e"])])],
+    ids=["same byte-level", "same SentencePiece", "other byte-level", "other SentencePiece"])
+def test_the_hash_changes_if_and_only_if_a_token_of_a_text_can_change(same, variants):
+    """Catches: A reward is refused for a chat model, or is put on a model whose ids mean other words."""
+    assert len({make(d).hash for d in variants}) == (1 if same else len(variants))

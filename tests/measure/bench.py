@@ -1,7 +1,7 @@
 """Speed and memory as ratios: both sides are measured in one process, in turns, and medians are compared.
 
 python tests/measure/bench.py                                   GPT-2 and ViT-B-16, random weights
-python tests/measure/bench.py --only speculative --reward out/reward.pt --base out/large.pt --source out/small.pt
+python tests/measure/bench.py --only speculative --reward s/reward.pt --base s/large.pt --source s/small.pt
 python tests/measure/bench.py --only decode --text small --compile
 python tests/measure/bench.py --image ViT-L-14 --text qwen2.5-1.5b --batch 128 --json bench.json    on a GPU
 python tests/measure/bench.py --only decode text_forward --text qwen2.5-7b                          on a GPU
@@ -37,7 +37,7 @@ import prt
 from data import image_files, images, text
 from data.tokenizer import Tokenizer
 from models import decode as decoding
-from models import runs, tickets, weights
+from models import gpt, pretrain, runs, scores, tickets, weights
 from models.clip import CLIP, Classifier, Preprocess, image_tower
 from models.gpt import GPT
 
@@ -117,13 +117,13 @@ def image_trainer(args, device, mode, make_optimizer=fused_adamw, **options):
     arch = IMAGES[args.image]
     torch.manual_seed(args.seed)
     size, head = arch["image_size"], torch.nn.functional.normalize(torch.randn(100, arch["embed_dim"]))
-    policy = Classifier(arch, image_tower(arch), head).eval().to(device)
+    model = Classifier(arch, image_tower(arch), head).eval().to(device)
     pixels = torch.randint(0, 256, (2 * args.batch, 3, size, size), dtype=torch.uint8, device=device)
     labels = torch.randint(0, 100, (len(pixels),), device=device)
-    cached = scores.predict(policy, pixels, args.batch) if mode in ("prt", "ticket") else None
-    base = copy.deepcopy(policy).requires_grad_(False) if mode == "prt-augment" else None
+    cached = scores.predict(model, pixels, args.batch) if mode in ("prt", "ticket") else None
+    base = copy.deepcopy(model).requires_grad_(False) if mode == "prt-augment" else None
     if mode == "ticket":
-        tickets.convert(policy, TICKET)
+        tickets.convert(model, TICKET)
 
     def fetch(i, generator):
         i = i.to(device, non_blocking=True)
@@ -132,8 +132,8 @@ def image_trainer(args, device, mode, make_optimizer=fused_adamw, **options):
 
     def run():
         with contextlib.redirect_stdout(io.StringIO()):
-            prt.fit(policy, lambda step: runs.shuffled(step, len(pixels), args.batch, 0), fetch, base=base,
-                    steps=args.steps, log_every=args.steps, optimizer=make_optimizer(policy.parameters()),
+            prt.fit(model, lambda step: runs.shuffled(step, len(pixels), args.batch, 0), fetch, base=base,
+                    steps=args.steps, log_every=args.steps, optimizer=make_optimizer(model.parameters()),
                     **options)
     return run
 
@@ -142,9 +142,9 @@ def image_step(args, device):
     """Step time of reward tuning over that of plain fine-tuning, which needs no base at all."""
     ratios = {}
     for key, view in (("image_step_prt_vs_ft", ""), ("image_step_augment_prt_vs_ft", "-augment")):
-        runs = [image_trainer(args, device, method + view) for method in ("ft", "prt")]
-        ft, reward = (seconds / args.steps for seconds in alternate(device, args.repeats, *runs))
-        done = operations(runs[0]) / args.steps / ft / arithmetic(device)
+        work = [image_trainer(args, device, method + view) for method in ("ft", "prt")]
+        ft, reward = (seconds / args.steps for seconds in alternate(device, args.repeats, *work))
+        done = operations(work[0]) / args.steps / ft / arithmetic(device)
         print(f"{args.image} step{view}, batch {args.batch}: ft {ft:.3f} s ({done:.0%} of the speed of a "
               f"large matrix product), prt {reward:.3f} s")
         ratios[key] = reward / ft
@@ -212,8 +212,8 @@ def image_forward(args, device):
             print(f"{name} is not installed: not compared")
             continue
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            difference = (ours.encode_image(x) - theirs(x)).abs().max().item()
-            a, b = alternate(device, args.repeats, lambda: ours.encode_image(x), functools.partial(theirs, x))
+            difference = (ours.visual(x) - theirs(x)).abs().max().item()
+            a, b = alternate(device, args.repeats, lambda: ours.visual(x), functools.partial(theirs, x))
         print(f"{args.image} forward, batch {args.batch}: {len(x) / a:.2f} images/s, {name} {len(x) / b:.2f} "
               f"(largest difference of the features {difference:.1e})")
         ratios[f"image_vs_{name}"] = b / a
@@ -367,7 +367,7 @@ def decode(args, device):
     """Tokens a second of one row: base, base + reward, EFT, of random weights, and transformers'."""
     ratios, dtype, n = {}, runs.frozen_dtype(device), args.tokens
     generate = decoding.compiled if args.compile else prt.generate
-    ids = torch.randint(0, 50000, (1, 16), device=device, generator=torch.Generator(device).manual_seed(0))
+    ids = torch.randint(0, 500, (1, 16), device=device, generator=torch.Generator(device).manual_seed(0))
     read = bandwidth(device)
     print(f"memory: {read / 1e9:.1f} GB/s")
     for name in dict.fromkeys((args.text, "small")):
@@ -407,13 +407,13 @@ def decode(args, device):
 def speculative(args, device):
     """Tokens a second of trained models on the reward's own test prompts, one at a time, greedily.
 
-    The base alone makes as many tokens as the answers of base + reward have. With --ref, the reward drafts
-    alone and with its source base.
+    The base alone makes as many tokens as the answers of base + reward have. With --source, the reward drafts
+    alone and with its source.
     """
     if not (args.reward and args.base):
         print("speculative decoding is not measured without trained models: --reward, --base")
         return {}
-    given = dict(reward=args.reward, base=args.base, tuned=args.tuned, ref=args.ref)
+    given = dict(reward=args.reward, base=args.base, tuned=args.tuned_source, source=args.source)
     models = {k: weights.load(path, dtype=runs.frozen_dtype(device)).to(device).requires_grad_(False)
               for k, path in given.items() if path}
     tokenizer = gpt.same_vocabulary(models)
@@ -429,20 +429,20 @@ def speculative(args, device):
     def run(base, rewards, lengths, generate=plain, **options):
         return lambda: [generate(base, rewards, ids, length=n, **options) for ids, n in zip(prompts, lengths)]
 
-    mixtures = dict(prt=[(1.0, reward)])
-    if args.tuned and args.ref:
-        mixtures["eft"] = [(1.0, models["tuned"]), (-1.0, models["ref"])]
+    methods = dict(prt=[(1.0, reward)])
+    if args.tuned_source and args.source:
+        methods["eft"] = [(1.0, models["tuned"]), (-1.0, models["source"])]
     size = [sum(p.numel() for p in m.parameters()) for m in (base, reward)]
     print(f"{args.base} has {size[0] / size[1]:.1f} times the weights of {args.reward}")
     ratios = {}
-    for name, rewards in mixtures.items():
+    for name, rewards in methods.items():
         answers = run(base, rewards, [min(args.tokens, longest)] * len(prompts), end=end)()
         answers = [out[0, ids.shape[1]:].tolist() for ids, out in zip(prompts, answers)]
         lengths = [answer.index(end) + 1 if end in answer else len(answer) for answer in answers]
         plain_label, label = f"base + {name}", f"base + {name}, speculative"
         drafters = {label: ("speculative" if name == "prt" else "speculative_eft", None)}
-        if name == "prt" and args.ref:
-            drafters[f"{label}, reward + source"] = "speculative_source", (models["ref"], rewards)
+        if name == "prt" and args.source:
+            drafters[f"{label}, reward + source"] = "speculative_source", (models["source"], rewards)
         work = {"base alone": run(base, [], lengths), plain_label: run(base, rewards, lengths)}
         expected = work[plain_label]()
         for label, (_, drafter) in drafters.items():
@@ -463,7 +463,7 @@ def speculative(args, device):
 def text_forward(args, device):
     """Logits of all positions of 4 texts of 128 tokens, ours over transformers' in tokens per second."""
     ours = text_model(args.text, device, runs.frozen_dtype(device))
-    ids, peer = torch.randint(0, 50000, (4, 128), device=device), peer_of(ours)
+    ids, peer = torch.randint(0, 500, (4, 128), device=device), peer_of(ours)
     if not peer:
         return {}
     with torch.no_grad():
@@ -474,28 +474,27 @@ def text_forward(args, device):
 
 def text_trainer(args, device, method, make_optimizer=fused_adamw, **options):
     """Returns a function that runs args.steps steps on args.texts texts; method: ft, prt, or ticket."""
-    policy = text_model(args.text, device).requires_grad_(True)
+    model = text_model(args.text, device).requires_grad_(True)
     base = text_model(args.text, device, runs.frozen_dtype(device)) if method != "ft" else None
     if method == "ticket":
-        tickets.convert(policy, TICKET)
-    ids = torch.randint(0, policy.arch["vocab"], (args.texts, args.length + 1), device=device)
+        tickets.convert(model, TICKET)
+    ids = torch.randint(0, model.arch["vocab"], (args.texts, args.length + 1), device=device)
     index = torch.arange(ids[:, 1:].numel(), device=device)
 
     def run():
         with contextlib.redirect_stdout(io.StringIO()):
-            prt.fit(policy, lambda step: torch.arange(args.texts),
+            prt.fit(model, lambda step: torch.arange(args.texts),
                     lambda i, generator: ((ids[:, :-1], index), ids[:, 1:].flatten(), None), base=base,
                     method="ft" if method == "ft" else "prt", steps=args.steps, log_every=10**9,
-                    head=GPT.head,
-                    optimizer=make_optimizer(policy.parameters()), **options)
+                    head=GPT.head, optimizer=make_optimizer(model.parameters()), **options)
     return run
 
 
 def text_step(args, device):
     """Step time of reward tuning over that of plain fine-tuning, which needs no base at all."""
-    runs = [text_trainer(args, device, method) for method in ("ft", "prt")]
-    ft, reward = (seconds / args.steps for seconds in alternate(device, args.repeats, *runs))
-    done = operations(runs[0]) / args.steps / ft / arithmetic(device)
+    work = [text_trainer(args, device, method) for method in ("ft", "prt")]
+    ft, reward = (seconds / args.steps for seconds in alternate(device, args.repeats, *work))
+    done = operations(work[0]) / args.steps / ft / arithmetic(device)
     print(f"{args.text} step, {args.texts} texts of {args.length} tokens: ft {ft:.3f} s ({done:.0%} of the "
           f"speed of a large matrix product), prt {reward:.3f} s")
     return dict(text_step_prt_vs_ft=reward / ft)
@@ -505,8 +504,8 @@ def ticket_step(args, device):
     """Step time of training a ticket over that of training a full reward, on images and on text."""
     ratios = {}
     for part, name, trainer in (("image", args.image, image_trainer), ("text", args.text, text_trainer)):
-        runs = [trainer(args, device, mode) for mode in ("prt", "ticket")]
-        full, ticket = (seconds / args.steps for seconds in alternate(device, args.repeats, *runs))
+        work = [trainer(args, device, mode) for mode in ("prt", "ticket")]
+        full, ticket = (seconds / args.steps for seconds in alternate(device, args.repeats, *work))
         print(f"{part} {name} step: full reward {full:.3f} s, ticket {ticket:.3f} s")
         ratios[f"{part}_step_ticket_vs_prt"] = ticket / full
     return ratios

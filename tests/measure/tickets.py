@@ -24,10 +24,10 @@ import figures
 
 import prt
 from data import files, images
-from models import pretrain, runs, scores, tickets, weights
+from models import clip, pretrain, runs, scores, ticket_files, tickets
 
 TEXT = "--batch 64 --accum 1 --steps 900"
-# Data set -> name of a reward -> flags of the training script, whose --base is the source base.
+# Data set -> name of a reward -> flags of the training script.
 REWARDS = dict(
     shapes=dict(reward_1800="--batch 128 --steps 1800 --lr 3e-3",
                 random_init="--batch 128 --steps 1800 --lr 3e-3 --reward-init random",
@@ -53,30 +53,29 @@ def randomly_pruned(n, settings):
 def network(seed, classes):
     """Returns the tiny CLIP's image tower, untrained, with a random head."""
     torch.manual_seed(seed)
-    arch = pretrain.TINY
-    model = weights.network("classifier", arch, torch.empty(classes, arch["embed_dim"]))
+    arch, info = pretrain.TINY, dict(kind="classifier")
+    model = clip.network(info, arch, torch.empty(classes, arch["embed_dim"]))
     tickets.randomize(model, 1.0, torch.Generator().manual_seed(seed))  # for its head
-    return weights.network("classifier", arch, model.head)
+    return clip.network(info, arch, model.head)
 
 
 def classify(seed, steps, folder, keep=None, freeze=0.0):
     """Trains a ticket, or without `keep` the weights; returns its test accuracy and the bytes of its file."""
     train, test = (images.load("shapes", split, 32) for split in ("train", "test"))
-    policy, info = network(seed, len(train.classes)), dict(kind="classifier", arch=pretrain.TINY)
+    model, info = network(seed, len(train.classes)), dict(kind="classifier", arch=pretrain.TINY)
     if keep:
-        info["ticket"] = tickets.convert(policy, dict(kind="random", keep=keep, freeze=freeze, seed=seed))
-    group = [p for p in policy.parameters() if p.requires_grad]
+        info["ticket"] = tickets.convert(model, dict(kind="random", keep=keep, freeze=freeze, seed=seed))
+    group = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(group, lr=1e-2 if keep else 3e-3, weight_decay=0.0, fused=True)
-    prt.fit(policy, lambda step: runs.shuffled(step, len(train.labels), 128, seed),
+    prt.fit(model, lambda step: runs.shuffled(step, len(train.labels), 128, seed),
             lambda i, generator: ((train.images[i],), train.labels[i], None), steps=steps,
             warmup=steps // 4, optimizer=optimizer, seed=seed, log_every=steps, name=f"{keep} {freeze}")
-    if keep:
-        info["ticket"]["masks"] = weights.pack_masks(policy, policy.state_dict())
-    else:
-        info["model"] = policy.state_dict()
     path = Path(folder) / "classifier.pt"
-    files.save(path, info, compress=bool(keep))
-    return scores.accuracy(scores.predict(policy, test.images), test.labels), path.stat().st_size
+    if keep:
+        ticket_files.save(path, info, model, model.state_dict())
+    else:
+        files.save(path, info | dict(model=model.state_dict()))
+    return scores.accuracy(scores.predict(model, test.images), test.labels), path.stat().st_size
 
 
 def classification(args):
@@ -115,7 +114,7 @@ def rewards(args):
         folder = Path(args.out) / f"{args.what}-{seed}"
         for name, text in REWARDS[args.what].items():
             if not (folder / f"{name}.pt").exists():
-                call(script, "--base", folder / "old.pt", "--seed", seed, *text.split(),
+                call(script, "--source", folder / "old.pt", "--seed", seed, *text.split(),
                      "--out", folder / f"{name}.pt")
         full = files.read(folder / "reward.pt")
         half = {name: x.bfloat16() for name, x in full["model"].items()}
