@@ -267,7 +267,7 @@ def image_table(args, device, models):
     if "auto" in (args.beta or []):
         train = load_images(images, info["data"], "train", used)
         labels = train[used[0]].labels
-        held_out = runs.split(len(labels), held_out_share(args, models))[1]
+        held_out = runs.hold_out(len(labels), held_out_share(args, models))[1]
         held_out_logits = {model: scores.predict(model, train[model].images[held_out], args.batch).cpu()
                            for model in used}
 
@@ -328,7 +328,7 @@ def text_answers(args, device, models):
         trained, share = info["args"], held_out_share(args, models)
         _, examples = text.load(info["data"], "train")
         train = text.encode(examples, tokenizer, end, trained["length"], trained["drop"])
-        held_out = answers.batches(train, runs.split(len(train.ids), share)[1][:args.limit], args.batch)
+        held_out = answers.batches(train, runs.hold_out(len(train.ids), share)[1][:args.limit], args.batch)
     rows = plan(args, models, lambda row: -scores.score_texts(row.base, row.rewards, held_out)["nll"])
     if args.prompt:
         prompt = tokenizer.begin + tokenizer.encode(info["template"].replace("{}", args.prompt))

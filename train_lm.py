@@ -78,7 +78,7 @@ def train(args, device):
     if max(lengths) - 1 > room:
         raise ValueError(f"an example has {max(lengths) - 1} tokens, but the model has only {room} "
                          "positions: lower --length")
-    used = len(runs.split(len(lengths), args.hold_out)[0])
+    used = len(runs.hold_out(len(lengths), args.hold_out)[0])
     steps = args.steps or math.ceil(args.epochs * used / args.batch)
     indices = runs.batches(len(lengths), args.hold_out, args.batch, args.seed)
     indices = text.group_by_length(indices, lengths, args.batch, steps, args.seed)

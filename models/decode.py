@@ -118,7 +118,8 @@ def compiled(base, rewards, ids, *, length, end=None, pad=None, draw=lambda log_
     """prt.generate with torch.compile for the steps after the prompt, and with CUDA graphs on CUDA.
 
     Compilation takes a minute or two for each set of models and batch size. The KV caches of every batch size
-    and length (in steps of 128) stay allocated.
+    and length (in steps of 128) stay allocated. Do not train the models afterward: on a CPU their weights are
+    constants of the graph.
     """
     B, T = ids.shape
     caches = open_caches([(1.0, base), *rewards], B, T + length, pad, compile=True)
@@ -174,7 +175,13 @@ def last_logits(models, tokens, n, at=None):
 def compiled_logits(device_type):
     """Returns `last_logits`, compiled: all models in one graph."""
     torch._dynamo.config.recompile_limit = 64  # instead of 8: a graph for each set of models and shape
-    return torch.compile(last_logits, mode="reduce-overhead" if device_type == "cuda" else "default")
+    if device_type == "cuda":
+        return torch.compile(last_logits, mode="reduce-overhead")
+    # On a CPU: network weights as constants, packed for the fastest of several matrix products.
+    # As `options` of torch.compile, freezing has no effect.
+    silent = dict(autotune_num_choices_displayed=0, max_autotune_report_choices_stats=False)
+    torch._inductor.config.load_config(dict(freezing=True, max_autotune=True, **silent))
+    return torch.compile(last_logits)
 
 
 def open_caches(terms, batch, length, pad, compile):

@@ -131,24 +131,24 @@ def take(tensor, i, device):
 
 # Batches
 
-def batches(n, hold_out, batch, seed):
+def batches(n, share, batch, seed):
     """Returns the function `indices` of prt.fit: shuffled batches of the n examples that are not held out.
 
-    Raises ValueError if the share hold_out is above 0, but too small to hold out an example.
+    share: of the examples that are. Raises ValueError if it is above 0, but too small to hold out an example.
     """
-    used, held_out = split(n, hold_out)
-    if hold_out and not len(held_out):
-        raise ValueError(f"--hold-out {hold_out:g} of {n} training examples is less than one: raise it")
+    used, held_out = hold_out(n, share)
+    if share and not len(held_out):
+        raise ValueError(f"--hold-out {share:g} of {n} training examples is less than one: raise it")
     return lambda step: used[shuffled(step, len(used), batch, seed)]
 
 
-def split(n, hold_out):
+def hold_out(n, share):
     """Returns which of n training examples to train on, and which to hold out: two LongTensors of indices.
 
-    They depend on n and the share hold_out only, so that eval.py finds the held-out examples again.
+    They depend on n and share only, so that eval.py finds the held-out examples again.
     """
     random_order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    held_out = int(hold_out * n)
+    held_out = int(share * n)
     return random_order[held_out:].sort().values, random_order[:held_out].sort().values
 
 

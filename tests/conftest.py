@@ -1,4 +1,5 @@
 """What the tests share: a web server, small data sets and checkpoints, and calls of the scripts."""
+import contextlib
 import gzip
 import io
 import json
@@ -75,31 +76,25 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *args):
-        pass
+    log_message = lambda *args: None
 
 
 @pytest.fixture
 def serve():
     """Starts web servers on this machine.
 
-    files: path -> bytes, status, or URL to redirect to. seen: the requests, as (path, Authorization). lost:
-    how many bytes of each promised body are not sent.
+    files: path -> bytes, status, or URL to redirect to. seen: (path, Authorization). lost: bytes not sent.
     """
-    servers = []
+    with contextlib.ExitStack() as at_the_end:
+        def start():
+            server = at_the_end.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+            server.files, server.seen, server.lost = {}, [], 0
+            server.url = f"http://127.0.0.1:{server.server_address[1]}"
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+            at_the_end.callback(server.shutdown)
+            return server
 
-    def start():
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.files, server.seen, server.lost = {}, [], 0
-        server.url = f"http://127.0.0.1:{server.server_address[1]}"
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield start
 
 
 # Data sets
@@ -162,14 +157,6 @@ def write_cifar100(path):
 
 def jsonl(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def small_tokenizer():
-    """Returns a tokenizer.json with the first 400 tokens of the text example."""
-    model = json.loads(pretrain.TOKENIZER.read_text())["model"]
-    vocab = {token: i for token, i in model["vocab"].items() if i < 400}
-    model |= dict(vocab=vocab, merges=[pair for pair in model["merges"] if "".join(pair) in vocab])
-    return json.dumps(dict(model=model, pre_tokenizer=dict(type="ByteLevel", use_regex=True)))
 
 
 # Calls of the scripts
@@ -401,7 +388,6 @@ def texts(tmp_path_factory):
 
 @pytest.fixture
 def in_texts(texts, monkeypatch):
-    """Makes the folder of `texts` the current one."""
     monkeypatch.chdir(texts.folder)
     return texts
 
@@ -416,9 +402,12 @@ def malformed(texts, tiny, tmp_path_factory):
                           "long.jsonl": jsonl([dict(prompt="a", response="long" * 300)])}.items():
         (root / name).write_text(content)
     torch.save(read(texts.folder / REWARD) | dict(data="sums.jsonl"), root / "file.pt")
-    for name, fixture, tokenizer in (("llama", "llama2", small_tokenizer()),
-                                     ("endless", "qwen2", small_tokenizer()),
-                                     ("short", "llama2", pretrain.TOKENIZER.read_text())):
+    model = json.loads(whole := pretrain.TOKENIZER.read_text())["model"]
+    vocab = {token: i for token, i in model["vocab"].items() if i < 400}
+    model |= dict(vocab=vocab, merges=[pair for pair in model["merges"] if "".join(pair) in vocab])
+    small = json.dumps(dict(model=model, pre_tokenizer=dict(type="ByteLevel", use_regex=True)))
+    for name, fixture, tokenizer in (("llama", "llama2", small), ("endless", "qwen2", small),
+                                     ("short", "llama2", whole)):
         shutil.copytree(FIXTURES / fixture, root / name)
         (root / name / "tokenizer.json").write_text(tokenizer)
     return dict(root=root, old=OLD, new=NEW, reward=REWARD, tuned=TUNED_SOURCE, clip=tiny.old,

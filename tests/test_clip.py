@@ -20,8 +20,6 @@ def vit():
     return load("openclip_vit")
 
 
-# Parity with OpenCLIP
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", TOWERS)
 def test_features_and_logits_are_those_of_openclip(name):
@@ -38,21 +36,15 @@ def test_features_and_logits_are_those_of_openclip(name):
     assert error(logits, torch.cat([for_images, for_images.T])) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["openclip_convnext", "openclip_convnext_mlp"])
-def test_norms_of_a_convnext_have_the_eps_of_timm(name):
-    """Catches: PyTorch's 1e-5, which moves features by less than the tolerance above."""
-    norms = [m.eps for m in load(name).visual.modules() if isinstance(m, torch.nn.LayerNorm)]
-    assert set(norms) == {1e-6}
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("size", [32, 33, 100])
-def test_a_convnext_takes_images_of_any_size(size):
-    """Catches: A size that is no multiple of 32 fails deep inside."""
-    assert load("openclip_convnext").visual(torch.randn(2, 3, size, size)).shape == (2, 32)
+@pytest.mark.parametrize("name", ["openclip_convnext", "openclip_convnext_mlp"])
+def test_a_convnext_has_the_eps_of_timm_and_takes_images_of_any_size(name):
+    """Catches: PyTorch's 1e-5, which moves features by less than the tolerance above."""
+    visual = load(name).visual
+    assert {m.eps for m in visual.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
+    for size in (33, 100):
+        assert visual(torch.randn(2, 3, size, size)).shape == (2, 32)
 
-
-# Pixels
 
 def noise(n, size=32):
     generator = torch.Generator().manual_seed(size)
@@ -81,11 +73,7 @@ def test_each_channel_is_normalized_by_its_mean_and_std():
 
 @pytest.mark.parametrize("size", [16, 48, 224])
 def test_images_are_resized_like_pil(size):
-    """Catches: Another filter, or one without antialias, silently costs accuracy.
-
-    Without antialias, torch's bicubic filter has a = -0.75 and not PIL's -0.5: of noise, the mean difference
-    is then above 3.8 of 255. PIL rounds and clips twice, between columns and rows, too.
-    """
+    """Catches: Another filter, or no antialias: of noise, the mean difference is then above 3.8 of 255."""
     pixels = noise(32)
     arrays = (image.permute(1, 2, 0).numpy() for image in pixels)
     want = torch.stack([resize_crop(Image.fromarray(array), size) for array in arrays])
@@ -93,7 +81,7 @@ def test_images_are_resized_like_pil(size):
     assert resize(pixels, 32) is pixels  # no pass through the filter, or copy, for nothing
     assert out.dtype == torch.uint8 and out.shape == want.shape == (32, 3, size, size)
     difference = (out.float() - want.float()).abs()
-    assert difference.mean() < 0.35
+    assert difference.mean() < 0.35  # PIL rounds and clips twice, between columns and rows, too
     assert (difference > 1).float().mean() < 0.02
 
 
@@ -107,8 +95,6 @@ def test_mean_and_std_are_those_of_the_weights_and_move_with_the_model(name):
         assert error(buffer.flatten(), torch.tensor(want)) < 1e-7
     assert all(buffer.is_meta for buffer in model.to("meta").preprocess.buffers())
 
-
-# Logits and classifiers
 
 def test_logits_of_autocast_features_are_float32():
     """Catches: bfloat16 rounds logits near 100 to multiples of 0.5."""
@@ -128,18 +114,13 @@ def test_scale_of_the_contrastive_logits_is_at_most_100(vit):
 
 
 @torch.no_grad()
-def test_classifier_averages_the_normalized_features_of_its_templates(vit):
-    """Catches: A template with long features outweighs the others, or the average is not normalized."""
+def test_classifier_is_the_image_tower_of_its_clip_and_the_average_features_of_its_templates(vit):
+    """Catches: A template with long features outweighs the others, or a copy of the tower takes memory."""
     head = classifier(vit, IO["tokens"][:4].view(2, 2, -1)).head
     a, b, c, d = F.normalize(IO["text_features"][:4], dim=-1)
     directions = torch.stack([(a + b) / (a + b).norm(), (c + d) / (c + d).norm()])
     assert error(head, vit.logit_scale.exp() * directions) < 1e-3
-
-
-@torch.no_grad()
-def test_classifier_of_one_template_has_the_image_tower_and_the_logits_of_its_clip(vit):
-    """Catches: A copy of the image tower takes its memory twice, or the file has other keys."""
-    shared = classifier(vit, IO["tokens"][:, None])
+    shared = classifier(vit, IO["tokens"][:, None])  # of one template
     assert error(shared(IO["image"]), IO["logits_per_image"]) < 1e-4
     assert shared.visual is vit.visual and shared.arch == vit.arch
     assert set(shared.state_dict()) == {"head", *(f"visual.{name}" for name in vit.visual.state_dict())}

@@ -109,8 +109,6 @@ def assert_same_text(way, trained, rewards, cases, base=None, length=40, **optio
     return tokens
 
 
-# The same text
-
 @pytest.mark.parametrize("name", DRAFTS)
 def test_greedy_speculation_writes_the_same_text_in_fewer_passes(trained, name):
     """Catches: A draft is kept that is not the most likely token, or keys of a dropped draft stay cached."""
@@ -143,22 +141,18 @@ def test_compiled_steps_write_the_same_text(trained, traced, name, speculate):
 
 def test_logits_of_a_compiled_step_outlive_it(trained, monkeypatch):
     """Catches: Drafts are chosen by the outputs of a CUDA graph that a later one has overwritten."""
-    outputs, steps = [], []
+    outputs = []
 
     def step(*arguments):
         outputs[:] = decode.last_logits(*arguments)
-        steps.append(1)
         return list(outputs)
 
-    def overwrite():
-        for logits in outputs:
-            logits.fill_(float("nan"))
-
     monkeypatch.setattr(decode, "compiled_logits", lambda device_type: step)
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", overwrite)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin",
+                        lambda: [logits.fill_(float("nan")) for logits in outputs])
     rewards, drafter = drafted(trained, "prt and source")
     assert_same_text(decode.speculative, trained, rewards, trained.cases, compile=True, drafter=drafter)
-    assert steps
+    assert outputs
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
@@ -179,8 +173,6 @@ def test_policies_that_draft_do_not_run_again_to_check(trained, drafting):
     assert models.reward.passes == drafter.passes >= 30
     assert drafter.passes == 30 if drafting == "base" else models.base.passes < 30
 
-
-# All ways of decoding
 
 WAYS = dict(generate=prt.generate, speculative=decode.speculative, compiled=decode.compiled)
 
@@ -228,13 +220,12 @@ def test_a_row_ends_after_its_first_stop_string(trained):
     assert len({*ends}) > 1
 
 
-# Samples
+# The distribution of samples
 
 @pytest.mark.parametrize("temperature, top_p, want", [
     (1.0, 1.0, [0.1, 0.4, 0.05, 0.25, 0.2]),
     (1.0, 0.6, [0, 0.4, 0, 0.25, 0]),
     (1.0, 0.7, [0, 0.4, 0, 0.25, 0.2]),  # 0.65 is not enough
-    (0.5, 1.0, [0.1**2, 0.4**2, 0.05**2, 0.25**2, 0.2**2]),
     (2.0, 0.6, [0, 0.4**0.5, 0, 0.25**0.5, 0.2**0.5]),  # the smallest set of what is sampled
     (1.0, 1e-9, [0, 1.0, 0, 0, 0]),
     (0.0, 1.0, [0, 1.0, 0, 0, 0]),
@@ -251,13 +242,10 @@ def test_samples_follow_temperature_and_top_p(temperature, top_p, want):
         assert error(shares, want) < 0.02  # by chance
 
 
-# The distribution of samples
-
-class Table(torch.nn.Module):
+class Table:
     """A policy of four tokens whose next one depends on the last two: fast enough for many samples."""
 
     def __init__(self, seed, scale):
-        super().__init__()
         self.logits = scale * torch.randn(16, 4, generator=torch.Generator().manual_seed(seed))
 
     def cache(self, batch, length, pad=None):
@@ -290,9 +278,11 @@ def continuation_probabilities(rewards, temperature=1.0, top_p=1.0):
     return p.gather(-1, rows[..., None])[..., 0].prod(1).double()
 
 
-def p_value(name, samples, **options):
-    """Returns the p-value of a chi-square test of samples of decode.speculative; rare cells are joined."""
+@pytest.mark.parametrize("name", DRAFTS)
+def test_samples_of_speculation_are_samples_of_algorithm_2(name):
+    """A chi-square test, in which rare cells are joined."""
     rewards, drafter = drafted(TABLES, name)
+    samples, options = 3000 if drafter else 6000, dict(temperature=0.7, top_p=0.8) if "half" in name else {}
     expected = continuation_probabilities(rewards, **options) * samples
     generator, digits = torch.Generator().manual_seed(1), 4 ** torch.arange(LENGTH - 1, -1, -1)
     counts = torch.zeros(4**LENGTH, dtype=torch.double)
@@ -305,13 +295,7 @@ def p_value(name, samples, **options):
     expected, counts = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (expected, counts))
     expected, counts = expected[expected > 0], counts[expected > 0]
     statistic = ((counts - expected) ** 2 / expected).sum()
-    return torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2).double(), statistic / 2).item()
-
-
-@pytest.mark.parametrize("name", DRAFTS)
-def test_samples_of_speculation_are_samples_of_algorithm_2(name):
-    options = dict(temperature=0.7, top_p=0.8) if "half" in name else {}
-    assert p_value(name, samples=3000 if drafted(TABLES, name)[1] else 6000, **options) > 1e-3
+    assert torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2).double(), statistic / 2) > 1e-3
 
 
 def test_the_residual_of_equal_distributions_is_p():

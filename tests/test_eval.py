@@ -212,7 +212,7 @@ def test_beta_auto_is_the_best_on_held_out_images(tiny, tmp_path, report, qualit
                    tmp_path / "other")
     assert about["beta chosen by"] == "top-1 of the 40% of training data held out"
     assert about["rows"][1]["method"] == f"{METHODS[1]}, beta chosen"
-    data, (_, i) = images.load(str(tmp_path / "data"), "train", 32), runs.split(12, 0.4)
+    data, (_, i) = images.load(str(tmp_path / "data"), "train", 32), runs.hold_out(12, 0.4)
     logits = classifier(weights.load(tiny.new), images.prompts(data.classes, data.templates))(data.images[i])
     nll = F.cross_entropy(logits, data.labels[i]).item()
     assert quality == [pytest.approx((scores.accuracy(logits, data.labels[i]), -nll))]
@@ -228,7 +228,7 @@ def test_beta_auto_is_the_best_on_held_out_problems(tokenizer, tmp_path, table, 
                 "--out", path) == 0
     table(*EVAL_LM, "--reward", path, "--beta", "auto", "--data", file)
     data = text.encode(text.load(str(file), "train")[1], tokenizer, read(OLD)["arch"]["end"], 13, True)
-    held_out = [text.collate(data, runs.split(12, 0.25)[1])]
+    held_out = [text.collate(data, runs.hold_out(12, 0.25)[1])]
     assert quality == [pytest.approx(-scores.score_texts(weights.load(NEW), [], held_out)["nll"])]
 
 

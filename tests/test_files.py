@@ -40,9 +40,8 @@ def test_safetensors_of_every_type_and_shape_are_read_and_never_written(tmp_path
     lambda data: b"", lambda data: data[:40], lambda data: data[:-1],
     lambda data: (1 << 60).to_bytes(8, "little") + data[8:], lambda data: (2).to_bytes(8, "little") + b"[]",
     lambda data: data[:9] + b"\xff" + data[10:],
-    dict(data_offsets=[0, 800], shape=[200]), dict(data_offsets=[-8, 0]), dict(data_offsets=[8, 0]),
-    dict(data_offsets=[0]), dict(data_offsets=None), dict(shape=[1]), dict(shape=[3]), dict(shape=[-1, -2]),
-    dict(shape=[0.5, 4]), dict(shape=[1 << 70, 0], data_offsets=[0, 0]), dict(dtype="F4")])
+    dict(data_offsets=[0, 800], shape=[200]), dict(data_offsets=[-8, 0]), dict(data_offsets=None),
+    dict(shape=[3]), dict(shape=[-1, -2]), dict(shape=[0.5, 4]), dict(dtype="F4")])
 def test_damaged_safetensors_are_refused(tmp_path, damage):
     """Catches: Bytes past the end are read, or the error does not name the file. A dict: a header entry."""
     entry = damage if isinstance(damage, dict) else {}
@@ -53,7 +52,6 @@ def test_damaged_safetensors_are_refused(tmp_path, damage):
 
 
 def test_torch_files_that_are_cut_or_hold_no_dict_are_refused(tmp_path):
-    """Catches: A file that a full disk or an aborted copy cut gives an error that does not name it."""
     for keep in (0, 10, 0.5, 0.99):
         refused(write_truncated(tmp_path, keep))
     for content in [1, 2], torch.ones(2):
@@ -66,16 +64,14 @@ def test_torch_files_that_are_cut_or_hold_no_dict_are_refused(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_files_run_no_code(tmp_path):
-    """Catches: A checkpoint from elsewhere runs whatever it asks for, as a pickle or as TorchScript."""
     trap, script = write_trap(tmp_path), tmp_path / "script.pt"
     refused(trap)
     torch.jit.script(torch.nn.Linear(2, 2)).save(script)
-    with zipfile.ZipFile(script) as plain, zipfile.ZipFile(trap) as pickles:
-        members = {name: plain.read(name) for name in plain.namelist()}
-        trapped = pickles.read("trap/data.pkl")
-    with zipfile.ZipFile(tmp_path / "run.pt", "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, trapped if name.endswith(".pkl") else content)
+    with (zipfile.ZipFile(script) as plain, zipfile.ZipFile(trap) as pickles,
+          zipfile.ZipFile(tmp_path / "run.pt", "w") as archive):
+        for name in plain.namelist():
+            is_pickle = name.endswith(".pkl")
+            archive.writestr(name, pickles.read("trap/data.pkl") if is_pickle else plain.read(name))
     for path in script, tmp_path / "run.pt":
         with pytest.raises(ValueError, match=r"\A.*TorchScript.* timm/vit_base_patch16_clip_224.openai\Z"):
             weights.load(path)
@@ -92,7 +88,6 @@ CHECKPOINT = dict(kind="clip", arch=dict(layers=[1, 2]), model=dict(a=torch.ones
                                          (KeyboardInterrupt(), KeyboardInterrupt)])
 @pytest.mark.parametrize("name", ["model.pt", "new.pt"])
 def test_saved_file_is_read_back_and_stays_if_a_save_fails(tmp_path, monkeypatch, name, error, kind):
-    """Catches: A disk that fills up during a write costs the old checkpoint, or half a file stays."""
     path = tmp_path / "out" / "model.pt"
     files.save(path, CHECKPOINT)
     for lazy in (False, True):
@@ -175,13 +170,12 @@ def test_failed_download_says_what_to_do(server, cache, monkeypatch, capfd, answ
     assert hub.hub("org/clip", "config.json") == path
 
 
-# Downloads: who receives the token
+# Downloads: who receives the token, and what a proxy sends
 
 @pytest.mark.parametrize("token, seen", [
     ("", [(CONFIG, None)]), ("\n", [(CONFIG, None)]), ("hf_secret\n", [(CONFIG, TOKEN)]),
     ("hf_secret hf_other", []), ("hf_secret\nX-Header: 1", []), ("hf_secret…", [])])
 def test_token_is_sent_without_the_newline_of_its_file_or_not_at_all(server, monkeypatch, token, seen):
-    """Catches: An empty token is sent and refused, or an error quotes one that no header can hold."""
     monkeypatch.setenv("HF_TOKEN", token)
     with contextlib.nullcontext() if seen else pytest.raises((ValueError, OSError)) as caught:
         hub.hub("org/clip", "config.json")
@@ -190,11 +184,9 @@ def test_token_is_sent_without_the_newline_of_its_file_or_not_at_all(server, mon
 
 
 @pytest.mark.parametrize("target, header", [
-    ("{hub}/moved", TOKEN), ("/moved", TOKEN), ("../../../../moved", TOKEN), ("/again", TOKEN),
-    ("{store}/moved", None), ("{name}/moved", None), ("{https}/moved", None), ("{store}/back", None),
-    ("{store}/again", None)])
+    ("{hub}/moved", TOKEN), ("../../../../moved", TOKEN), ("/again", TOKEN), ("{store}/moved", None),
+    ("{name}/moved", None), ("{https}/moved", None), ("{store}/again", None)])
 def test_token_follows_redirects_within_the_hub_only(server, monkeypatch, target, header):
-    """Catches: Another name of the machine, scheme, or host gets the token, or leads it back to the hub."""
     monkeypatch.setattr(urllib.request.HTTPSHandler, "https_open",  # without TLS, which the server lacks
                         lambda self, request: self.do_open(http.client.HTTPConnection, request))
     names = dict(hub=server.url, store=server.store.url, name=server.url.replace("127.0.0.1", "localhost"),
@@ -218,20 +210,13 @@ def test_token_is_not_sent_to_an_address_that_begins_like_the_hub(server, monkey
     assert sent == [None]
 
 
-# Downloads: what a proxy sends instead of a file
-
 @pytest.mark.parametrize("name, content, word", [
-    ("config.json", b"<!DOCTYPE html><html>Sign in</html>", "web page"),
-    ("model.safetensors", b" \n\t<HTML lang=en>Blocked", "web page"),
-    ("classnames.txt", b"<!doctype HTML>\n" + b"x" * 5_000, "web page"),
-    ("train/0.tar", b"<?xml version='1.0'?>", "web page"), ("merges.txt", b"<!-- blocked -->", "web page"),
-    ("tokenizer.json", b'{"layers.0": "model-00001-of-00002.safetensors"', "damaged JSON"),
-    ("config.json", b"Access denied", "damaged JSON"), ("config.json", b"\xff\xfe\x00", "damaged JSON"),
-    ("config.json", b"{} {}", "damaged JSON"), ("config.json", b"[" * 100_000, "damaged JSON"),
-    ("config.json", b" [1, 2]\n", None), ("config.json", b'"<html>"', None),
-    ("config.json", "\"Grüße …\"".encode(), None), ("classnames.txt", b"{not json", None),
-    ("classnames.txt", b"a <html> tag\n", None), ("merges.txt", b"<unk>\n<s>\n", None),
-    ("weights.bin", bytes(300), None)])
+    ("config.json", b"<!DOCTYPE html>" * 500, "web page"), ("0.tar", b"<?xml version='1.0'?>", "web page"),
+    ("x.safetensors", b" \n\t<HTML lang=en>", "web page"), ("x.txt", b"<!-- blocked -->", "web page"),
+    ("x.json", b'{"a": "b"', "damaged JSON"), ("x.json", b"\xff\xfe\x00", "damaged JSON"),
+    ("x.json", b"{} {}", "damaged JSON"), ("x.json", b"[" * 100_000, "damaged JSON"),
+    ("x.json", "\"<html>Grüße …\"".encode(), None), ("x.txt", b"{a <html> tag\n", None),
+    ("merges.txt", b"<unk>\n<s>\n", None), ("weights.bin", bytes(300), None)])
 def test_web_pages_and_damaged_json_are_not_kept(server, cache, monkeypatch, name, content, word):
     """Catches: The page for signing in to a network is kept as the file. word: None if it is in order."""
     send, url = Handler.send_header, f"/org/clip/resolve/main/{name}"  # only the end tells the length
@@ -244,17 +229,10 @@ def test_web_pages_and_damaged_json_are_not_kept(server, cache, monkeypatch, nam
     assert hub.hub("org/clip", name).read_bytes() == content
 
 
-# The lock
-
 def test_lock_lets_one_in_at_a_time():
-    """Catches: Processes that start together all download the same file."""
-    def second():
+    with ThreadPoolExecutor() as pool, contextlib.ExitStack() as second:
         with files.lock():
-            return True
-
-    with ThreadPoolExecutor() as pool:
-        with files.lock():
-            entered = pool.submit(second)
+            entered = pool.submit(second.enter_context, files.lock())
             with pytest.raises(TimeoutError):
                 entered.result(0.1)
-        assert entered.result(10)
+        entered.result(10)

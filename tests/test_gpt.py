@@ -13,11 +13,10 @@ from helpers import error, expected, load, random_ids
 import prt
 from models.cache import attention_mask
 from models.gpt import GPT
+from models.pretrain import OLD
 
 NAMES = ["gpt2", "gpt2_hub", "llama2", "llama3", "falcon3", "qwen2"]
 
-
-# Parity
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_transformers(name):
@@ -50,8 +49,6 @@ def test_trained_model_tells_its_story_for_200_tokens():
     out = prt.generate(load("stories260k"), [], prompt, length=len(io["greedy"]) - len(io["prompt"]))
     assert out[0].tolist() == io["greedy"]
 
-
-# The cache
 
 PARTS = [7, 1, 1, 4, 1, 6]
 PADDING = [0, 3, 9]  # 9: more than the first part
@@ -131,8 +128,6 @@ def test_tokens_without_room_are_refused():
     model.features(random_ids(1, 2), cache)
 
 
-# Precision
-
 @pytest.mark.parametrize("name", ["gpt2", "llama3"])
 def test_bfloat16_weights_are_near_the_float32_logits(name):
     """Catches: Mixed types fail, or the cache of frozen weights takes twice the memory."""
@@ -155,8 +150,6 @@ def test_far_positions_in_bfloat16_are_near_the_float32_logits():
     assert torch.equal(model.rope, load("llama2").rope)
     assert error(model(ids).float(), want) < 0.05 * want.abs().max()
 
-
-# Training
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])
 def test_recompute_gives_the_same_gradients(name):
@@ -192,9 +185,8 @@ def test_training_is_compiled_in_one_piece_for_all_lengths(name, recompute):
 @pytest.mark.parametrize("gpt2", [True, False])
 def test_initialization_scales_with_the_fan_in_and_the_depth(gpt2):
     """Catches: The residual stream of a new model grows with its depth."""
-    arch = dict(vocab=300, width=128, layers=3, heads=4, kv_heads=4, head_width=32, mlp=256, positions=64,
-                eps=1e-5, tied=gpt2, rope=None if gpt2 else dict(theta=1e4), end=0, layer_norm=gpt2,
-                gated_mlp=not gpt2, qkv_bias=gpt2, bias=gpt2)
+    gpt2s = dict(tied=True, rope=None, layer_norm=True, gated_mlp=False, qkv_bias=True, bias=True)
+    arch = OLD | dict(vocab=300, end=0, width=128, layers=3, head_width=32, mlp=256) | (gpt2s if gpt2 else {})
     torch.manual_seed(0)
     for name, p in GPT(arch).named_parameters():
         if name.endswith("norm.weight"):

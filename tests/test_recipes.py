@@ -7,16 +7,16 @@ import gzip
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, SCRIPTS, TALK, call, jsonl, read, write_cifar100
+from conftest import FIXTURES, ROOT, SCRIPTS, TALK, call, jsonl, output, read, write_cifar100
 from helpers import load, write_safetensors
 
 import models
@@ -63,22 +63,14 @@ COMMANDS += commands("\n".join(re.findall(r"^(?:python|torchrun) .*?(?=  |$)", D
 IMAGES, TEXT = section("The paper's recipe on images"), section("The paper's recipe on text")
 
 
-# Flags
-
-@pytest.fixture
-def runs_of_scripts(tmp_path, monkeypatch):
-    """Makes a folder the current one that has the files which eval.py --run looks for."""
-    for run in ("shapes-0", "arithmetic-0"):
-        for name in ("reward", "new"):
-            path = tmp_path / f"out/{run}/{name}.pt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_the_flags_of_a_command_exist(words, runs_of_scripts, monkeypatch):
+def test_the_flags_of_a_command_exist(words, tmp_path, monkeypatch):
     """Catches: A flag was renamed, and a README or a script's docstring still has the old name."""
+    for run in ("shapes-0", "arithmetic-0"):  # where eval.py --run looks for files
+        (tmp_path / "out" / run).mkdir(parents=True)
+        for file in ("reward.pt", "new.pt"):
+            (tmp_path / "out" / run / file).touch()
+    monkeypatch.chdir(tmp_path)
     name = words[0]
     if name in SCRIPTS:
         monkeypatch.setattr(sys, "argv", words)
@@ -95,8 +87,6 @@ def test_no_command_is_missed():
     assert {words[0] for words in TEXT} == {"train_lm.py", "eval.py"}
 
 
-# A hub
-
 @pytest.fixture
 def hub(serve, monkeypatch, tmp_path):
     """A hub of tiny models, the site of CIFAR-100, and an empty folder, which is the current one."""
@@ -110,30 +100,21 @@ def publish(hub, repo, folder):
     hub.files |= {f"/{repo}/resolve/main/{path.name}": path.read_bytes() for path in folder.iterdir()}
 
 
-def write_clip(folder, seed, file):
-    """Writes a tiny CLIP with random weights in OpenCLIP's layout, and returns the folder.
-
-    Beside its configuration lies one of another library, as in the repositories of the paper's models.
-    """
+def write_clip(folder, seed):
+    """Writes a tiny CLIP with random weights in OpenCLIP's layout, and returns the folder."""
     folder.mkdir()
     torch.manual_seed(seed)
     tensors = CLIP(pretrain.TINY | dict(text_width=16)).state_dict()
     config = dict(model_cfg=dict(embed_dim=64, vision_cfg=dict(head_width=32), text_cfg=dict(heads=2)),
                   preprocess_cfg=dict(mean=[0.5] * 3, std=[0.25] * 3))
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    (folder / "config.json").write_text('{"architecture": "vit", "model_type": "clip"}')
-    if file.endswith(".bin"):
-        torch.save(tensors, folder / file)
-    else:
-        write_safetensors(folder / file, tensors)
+    (folder / "config.json").write_text('{"architecture": "vit", "model_type": "clip"}')  # of another library
+    write_safetensors(folder / "open_clip_model.safetensors", tensors)
     return folder
 
 
-def write_gpt(folder, name, tokenizer, seed, rows, shards, **changes):
-    """Writes a fixture with other embeddings, of `rows` rows, and a tokenizer; returns the folder.
-
-    shards: over how many files the weights are spread. changes: to the config.json.
-    """
+def write_gpt(folder, name, tokenizer, seed, rows, **changes):
+    """Writes a fixture with `rows` other embeddings, a tokenizer, and changes to its config.json."""
     folder.mkdir()
     config = json.loads((FIXTURES / name / "config.json").read_text()) | changes | dict(vocab_size=rows)
     tensors, generator = load(name).state_dict(), torch.Generator().manual_seed(seed)
@@ -144,14 +125,7 @@ def write_gpt(folder, name, tokenizer, seed, rows, shards, **changes):
         tensors["lm_head.weight"] = torch.randn(rows, config["hidden_size"], generator=generator)
     (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(FIXTURES / f"{tokenizer}_tokenizer/tokenizer.json", folder)
-    if shards == 1:
-        write_safetensors(folder / "model.safetensors", tensors)
-        return folder
-    weight_map = {k: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, k in enumerate(tensors)}
-    for shard in set(weight_map.values()):
-        part = {k: x for k, x in tensors.items() if weight_map[k] == shard}
-        write_safetensors(folder / shard, part)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=weight_map)))
+    write_safetensors(folder / "model.safetensors", tensors)
     return folder
 
 
@@ -170,19 +144,16 @@ WITH_EFT = [("base alone", ""), ("base + reward (PRT)", "1"), *SOURCE, ("source 
             ("base + EFT", "1")]
 
 
-# Images
-
-CLIPS = {"timm/vit_base_patch16_clip_224.laion400m_e32": "open_clip_model.safetensors",
-         "timm/vit_large_patch14_clip_224.laion400m_e32": "open_clip_model.safetensors",
-         "laion/CLIP-ViT-B-16-laion2B-s34B-b88K": "open_clip_pytorch_model.bin"}
+CLIPS = ["timm/vit_base_patch16_clip_224.laion400m_e32", "timm/vit_large_patch14_clip_224.laion400m_e32",
+         "laion/CLIP-ViT-B-16-laion2B-s34B-b88K"]
 
 
 @pytest.fixture
 def archive(hub, tmp_path):
     """CIFAR-100's archive with six images, published; returns its address and sha256."""
     path, _ = write_cifar100(tmp_path / "cifar-100-python.tar.gz")
-    for seed, (repo, file) in enumerate(CLIPS.items()):
-        publish(hub, repo, write_clip(tmp_path / f"clip{seed}", seed, file))
+    for seed, repo in enumerate(CLIPS):
+        publish(hub, repo, write_clip(tmp_path / f"clip{seed}", seed))
     hub.files[f"/kriz/{path.name}"] = path.read_bytes()
     return SimpleNamespace(name=path.name, url=f"{hub.url}/kriz/{path.name}",
                            sha256=hashlib.sha256(path.read_bytes()).hexdigest())
@@ -200,31 +171,17 @@ def test_the_recipe_on_images(hub, archive, tmp_path, monkeypatch, capsys):
     reward, tuned = (read(tmp_path / f"out/cifar100-{method}.pt") for method in ("prt", "ft"))
     assert [reward["method"], tuned["method"]] == ["prt", "ft"]
     assert reward["source"] == tuned["source"] == train_vision.PAPER["source"]
-    assert json.loads((tmp_path / "table.json").read_text())["base"] == [*CLIPS][2]
+    assert json.loads((tmp_path / "table.json").read_text())["base"] == CLIPS[2]
     assert {path.split("/resolve/")[0][1:] for path, _ in hub.seen} == {*CLIPS, f"kriz/{archive.name}"}
 
 
-# Text
-
 @pytest.fixture
 def few_problems(monkeypatch):
-    """Leaves only the first examples of a split."""
+    """Leaves only the first examples of a split, and of the harness, which needs lm_eval, scores of 0."""
     load = text.load
-
-    def few(source, split):
-        template, examples = load(source, split)
-        return template, examples[:16]
-    monkeypatch.setattr(text, "load", few)
-
-
-@pytest.fixture
-def harness(monkeypatch):
-    """Replaces what needs lm_eval, which test_harness.py tests, by one that scores 0."""
-    def evaluate(tilted, tasks, limit):
-        return ({task: {"acc,none": 0.0} for task in tasks} for _ in tilted)
-
-    replaced = SimpleNamespace(TiltedModel=lambda *args, **options: None, evaluate=evaluate,
-                               lm_eval=SimpleNamespace(__version__="0"))
+    monkeypatch.setattr(text, "load", lambda *args: (load(*args)[0], load(*args)[1][:16]))
+    replaced = Mock(evaluate=lambda rows, tasks, limit: (dict.fromkeys(tasks, {"acc,none": 0}) for _ in rows))
+    replaced.lm_eval.__version__ = "0"
     monkeypatch.setattr(models, "harness", replaced, raising=False)
 
 
@@ -233,16 +190,16 @@ def gpts(hub, tmp_path):
     """The names of the published GPTs of the paper."""
     qwen = dict(name="qwen2", tokenizer="qwen2", eos_token_id=1500, max_position_embeddings=2048)
     falcon = dict(name="falcon3", tokenizer="llama3", eos_token_id=1501, max_position_embeddings=8192)
-    options = {"Qwen/Qwen2.5-0.5B": dict(qwen, rows=1520, shards=1),
-               "Qwen/Qwen2.5-7B": dict(qwen, rows=1536, shards=2, tie_word_embeddings=False),
-               "tiiuae/Falcon3-1B-Base": dict(falcon, rows=1503, shards=1),
-               "tiiuae/Falcon3-7B-Base": dict(falcon, rows=1503, shards=2)}
+    options = {"Qwen/Qwen2.5-0.5B": dict(qwen, rows=1520),
+               "Qwen/Qwen2.5-7B": dict(qwen, rows=1536, tie_word_embeddings=False),
+               "tiiuae/Falcon3-1B-Base": dict(falcon, rows=1503),
+               "tiiuae/Falcon3-7B-Base": dict(falcon, rows=1503)}
     for seed, repo in enumerate(options):
         publish(hub, repo, write_gpt(tmp_path / f"gpt{seed}", seed=seed, **options[repo]))
     return {*options}
 
 
-def test_the_recipe_on_text(hub, gpts, tmp_path, few_problems, harness, capsys):
+def test_the_recipe_on_text(hub, gpts, tmp_path, few_problems, capsys):
     """Catches: A command of the README fails, or names a model that the hub does not have."""
     (tmp_path / "tulu.jsonl").write_text(jsonl(TALK))
     for words in TEXT:
@@ -277,16 +234,19 @@ finally:
 """
 
 
-def loaded(root, words, archive=None):
-    """Runs a command of the README on few examples, and returns the project's modules that it loads."""
+def assert_counted(name, root, words, archive=None):
+    """Runs a command of the README on few examples.
+
+    Asserts that it loads nothing but the files of its core, and no more lines than allowed.
+    """
     url, sha256 = (archive.url, archive.sha256) if archive else ("", "")
     words = [root / words[0], *words[1:], *FEW[words[0]], "--device", "cpu"]
-    environment = os.environ | dict(PRT_CACHE=str(root / "cache"), OMP_NUM_THREADS="1")
-    result = subprocess.run([sys.executable, "-c", COUNT, root, url, sha256, *map(str, words)], text=True,
-                            env=environment, capture_output=True)
-    assert result.returncode == 0, result.stderr
-    names = re.search(r"^LOADED (.*)$", result.stdout, re.MULTILINE)[1].split()
-    return {name for name in names if not name.endswith("__init__.py")}
+    printed = output("-c", COUNT, root, url, sha256, *words, cwd=root.parent, cache=root / "cache")
+    names = re.search(r"^LOADED (.*)$", printed, re.MULTILINE)[1].split()
+    found = {name for name in names if not name.endswith("__init__.py")}
+    files, limit = sizes.CORES[name]
+    assert found <= {*files}
+    assert sum(len(sizes.code_lines((ROOT / file).read_text())) for file in found) <= limit
 
 
 @pytest.fixture
@@ -303,22 +263,15 @@ def core(tmp_path):
     return root
 
 
-def assert_counted(found, name):
-    """Asserts that a command loads nothing but the files of its core, and no more lines than allowed."""
-    files, limit = sizes.CORES[name]
-    assert found <= {*files}
-    assert sum(len(sizes.code_lines((ROOT / file).read_text())) for file in found) <= limit
-
-
 def test_the_recipe_on_images_runs_without_the_outer_rooms(core, archive):
     """Catches: The core needs a room that is said to be deletable, or has grown beyond its limit."""
-    assert_counted(loaded(core, IMAGES[0], archive), "train_vision.py")
-    assert_counted(loaded(core, IMAGES[3], archive), "eval.py, images")
+    assert_counted("train_vision.py", core, IMAGES[0], archive)
+    assert_counted("eval.py, images", core, IMAGES[3], archive)
 
 
 def test_the_recipe_on_text_runs_without_the_outer_rooms(core, gpts):
-    assert_counted(loaded(core, TEXT[0]), "train_lm.py")
-    assert_counted(loaded(core, [*TEXT[2][:5], "--batch", "64"]), "eval.py, text")
+    assert_counted("train_lm.py", core, TEXT[0])
+    assert_counted("eval.py, text", core, [*TEXT[2][:5], "--batch", "64"])
 
 
 def test_lines_of_code_are_counted_without_blank_lines_comments_and_docstrings():
@@ -327,11 +280,10 @@ def test_lines_of_code_are_counted_without_blank_lines_comments_and_docstrings()
 def f():  # a comment
     """Doc.
 
-    More.
-    """
+    More."""
     # a comment
     return """1
 2"""
 '''
-    assert sizes.code_lines(source) == {3, 9, 10}
+    assert sizes.code_lines(source) == {3, 8, 9}
     assert sizes.body_lines(source, "f") == 2

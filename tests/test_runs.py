@@ -14,20 +14,7 @@ import helpers
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import (
-    EVAL,
-    FIXTURES,
-    ROOT,
-    TRAIN,
-    TUNE_LM,
-    call,
-    contents,
-    interrupted,
-    one_line,
-    read,
-    same,
-    spawn,
-)
+from conftest import EVAL, ROOT, TRAIN, TUNE_LM, call, contents, interrupted, one_line, read, same, spawn
 
 import prt
 import train_lm
@@ -39,27 +26,22 @@ from models.clip import classifier
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-# Device and processes
+# Device, processes, and what is on a device
 
 @pytest.fixture
 def two_gpus(monkeypatch):
     """Pretends that there are two GPUs; a list of the devices that are made the current one."""
     current = []
-    for name, value in dict(is_available=lambda: True, device_count=lambda: 2,
-                            set_device=current.append).items():
-        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     return current
 
 
 @pytest.mark.parametrize("device, rank, want, backend", [
     (None, None, "cuda:0", None), ("cuda", None, "cuda:0", None), ("cuda:1", None, "cuda:1", None),
     ("cpu", None, "cpu", None), (None, "1", "cuda:1", "cpu:gloo,cuda:nccl"), ("cpu", "1", "cpu", "gloo")])
-def test_setup_makes_the_gpu_that_it_returns_the_current_one(two_gpus, monkeypatch, device, rank, want,
-                                                             backend):
-    """Catches: Synchronization and memory statistics, which name no device, are those of another GPU.
-
-    Each process of torchrun has its own GPU, and can send tensors on the CPU beside those on GPUs.
-    """
+def test_setup_makes_its_gpu_the_current_one(two_gpus, monkeypatch, device, rank, want, backend):
+    """Catches: Synchronization and memory statistics, which name no device, are those of another GPU."""
     begun = []
     monkeypatch.setattr(dist, "init_process_group", begun.append)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
@@ -76,8 +58,6 @@ def test_setup_refuses_a_device_that_does_not_exist(two_gpus, monkeypatch, devic
         runs.setup(device)
     assert two_gpus == []
 
-
-# Weights and batches on a device
 
 @torch.no_grad()
 @pytest.mark.parametrize("name, device", [("openclip_vit", CUDA), ("openclip_vit_quickgelu", CUDA),
@@ -105,8 +85,7 @@ def test_the_chunk_size_is_that_of_the_docstring(monkeypatch):
     assert train_lm.chunk_size(151_936, CPU) == 512
 
 
-@pytest.mark.parametrize("start, end, pinned", [(CPU, CUDA, True), (CPU, CPU, False), (CUDA, CUDA, False),
-                                                (CUDA, CPU, False)])
+@pytest.mark.parametrize("start, end, pinned", [(CPU, CUDA, True), (CPU, CPU, False), (CUDA, CPU, False)])
 def test_only_a_copy_from_the_cpu_to_a_gpu_is_pinned(start, end, pinned):
     """Catches: A copy to the CPU that does not block is read before it is there."""
     x = mock.Mock(device=start)
@@ -115,18 +94,13 @@ def test_only_a_copy_from_the_cpu_to_a_gpu_is_pinned(start, end, pinned):
     (x.pin_memory() if pinned else x).to.assert_called_once_with(end, non_blocking=end == CUDA)
 
 
-# Errors
+# Errors, batches, and what is printed
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyError, KeyboardInterrupt])
 def test_main_hides_no_bug(error):
-    def script():
-        raise error("a bug")
-
     with pytest.raises(error, match="a bug"):
-        runs.main(script)
+        runs.main(mock.Mock(side_effect=error("a bug")))
 
-
-# Batches
 
 def test_every_epoch_has_every_example_once():
     seen = torch.cat([runs.shuffled(step, 40, 16, seed=3) for step in range(5)])  # 80 = two epochs
@@ -138,24 +112,19 @@ def test_every_epoch_has_every_example_once():
 
 @pytest.mark.parametrize("share, n", [(0, 0), (0.2, 1), (0.99, 8)])
 def test_held_out_examples_are_never_trained_on(paths, monkeypatch, share, n):
-    """Catches: beta is chosen on examples that the reward was trained on, or some examples are lost."""
     seen = []
     monkeypatch.setattr(prt, "fit", lambda policy, indices, *rest, **options: seen.extend(
         indices(step) for step in range(9)) or [dict(step=2)])
-    used, held_out = runs.split(9, share)
+    used, held_out = runs.hold_out(9, share)
     assert len(held_out) == n and torch.equal(torch.cat([used, held_out]).sort().values, torch.arange(9))
     assert call(*TRAIN.format(**paths).split(), "--seed", 3, *["--hold-out", share] * bool(share)) == 0
     want = torch.stack([used[runs.shuffled(step, len(used), 8, seed=3)] for step in range(9)])
     assert torch.equal(torch.stack(seen), want) and set(want.flatten().tolist()) == set(used.tolist())
-    assert not torch.equal(runs.split(40, 0.5)[1], torch.arange(20))
+    assert not torch.equal(runs.hold_out(40, 0.5)[1], torch.arange(20))
 
-
-# What is printed
 
 @pytest.mark.parametrize("is_stopped, message", [(False, ": .* bytes"), (True, " has 2 of 3 steps; .*")])
-def test_what_is_printed_during_training_is_not_behind_the_bar(paths, monkeypatch, handlers, is_stopped,
-                                                               message):
-    """Catches: On a terminal, the size of the file continues the line of the progress bar."""
+def test_no_printed_line_is_behind_the_progress_bar(paths, monkeypatch, handlers, is_stopped, message):
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
     for stream in ("stdout", "stderr"):
@@ -169,7 +138,7 @@ def test_what_is_printed_during_training_is_not_behind_the_bar(paths, monkeypatc
     assert any("x: 100%" in line for line in lines) != is_stopped
 
 
-# Signals
+# Signals, and runs that end early
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 # Runs a script as python would, but first a line that may make calls of functions have an effect.
@@ -199,11 +168,10 @@ TUNE = (ROOT / TUNE_LM[0], *TUNE_LM[1:])
 
 @pytest.fixture
 def handlers():
-    """The handlers of signals, which come back after the test: a run that a signal ended ignores others."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield before
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    """Puts the handlers of signals back after the test: a run that a signal ended ignores others."""
+    before = [*map(signal.getsignal, SIGNALS)]
+    yield
+    [*map(signal.signal, SIGNALS, before)]
 
 
 @contextlib.contextmanager
@@ -228,10 +196,6 @@ def until(stream, words):
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_in_training_saves_and_the_run_resumes_bit_for_bit(paths, texts, monkeypatch, number):
-    """Catches: A traceback, a lost or repeated step, or a checkpoint that no run continues from.
-
-    SIGINT comes to a run on text, and SIGTERM to one on images.
-    """
     monkeypatch.chdir(texts.folder)
     command = [TUNE_LM, TRAIN.format(**paths).split()][number == signal.SIGTERM]
     command = (*command, "--steps", "24", "--batch", "16", "--accum", "2", "--warmup", "5", "--out")
@@ -249,7 +213,6 @@ def test_a_signal_in_training_saves_and_the_run_resumes_bit_for_bit(paths, texts
 
 
 def test_a_second_signal_ends_at_once(texts, tmp_path):
-    """Catches: A step that takes minutes cannot be left."""
     with process("-c", AFTER, SLOW.format(60), *TUNE, "--steps", 20, "--out", tmp_path / "x.pt",
                  cwd=texts.folder) as run:
         until(run.stderr, "in a step")
@@ -277,17 +240,13 @@ IN_A_STEP = ("after(dist, 'all_reduce', lambda x, *maximum: maximum and x == 0 a
 IN_A_SAVE = "after(dist, 'barrier', interrupt)", ""
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @pytest.mark.parametrize("lines, step", [(IN_A_STEP, 2), (IN_A_SAVE, 7)], ids=["in a step", "in a save"])
 def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(texts, tmp_path, lines, step):
-    """Catches: One leaves or is ended, and the other waits forever; a signal is lost, or counts twice."""
     command = (*TUNE, "--steps", 24, "--out", tmp_path / "x.pt")
-    joint = dict(cwd=texts.folder, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    joint = dict(cwd=texts.folder, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     with (process("-c", AFTER, lines[0], *command, RANK=1, LOCAL_RANK=1, **joint) as other,
           process("-c", AFTER, lines[1], *command, RANK=0, LOCAL_RANK=0, **joint) as first):
         printed, err = first.communicate(timeout=240)
@@ -299,7 +258,6 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(texts, 
 
 
 def test_ctrl_c_stops_the_processes_of_torchrun_once(texts, tmp_path):
-    """Catches: It ends them, or each of them saves."""
     (tmp_path / "after.py").write_text(AFTER)
     out = tmp_path / "x.pt"
     with process("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "after.py",
@@ -311,18 +269,15 @@ def test_ctrl_c_stops_the_processes_of_torchrun_once(texts, tmp_path):
     assert printed.count(f"x.pt has {read(out)['step']} of 8 steps") == 1 and "optimizer" in read(out)
 
 
-@pytest.mark.parametrize("module, is_finished", [(images, False), (weights, True)], ids=["before", "after"])
-def test_a_signal_before_or_after_training_ends_at_once(paths, monkeypatch, handlers, capfd, module,
-                                                        is_finished):
-    """Catches: It waits for a step that will never come."""
+@pytest.mark.parametrize("module, saved", [(images, False), (weights, True)], ids=["before", "after"])
+def test_a_signal_before_or_after_training_ends_at_once(paths, monkeypatch, handlers, capfd, module, saved):
     monkeypatch.setattr(module, "load", lambda *args, **options: os.kill(os.getpid(), signal.SIGTERM))
     assert call(*TRAIN.format(**paths).split(), "--method", "pretrain", "--size", "tiny") == 143
     assert "SIGTERM" in capfd.readouterr().err
-    assert [*contents(paths["out"])] == [paths["out"] / "x.pt"] * is_finished
+    assert [*contents(paths["out"])] == [paths["out"] / "x.pt"] * saved
 
 
 def test_a_signal_in_the_last_save_promises_no_resume(paths, monkeypatch, handlers, capfd):
-    """Catches: The last line asks for --resume, which refuses a finished run."""
     save, out = files.save, str(paths["out"] / "x.pt")
     monkeypatch.setattr(files, "save", lambda path, checkpoint, **options: (
         save(path, checkpoint, **options), path == out and os.kill(os.getpid(), signal.SIGINT)))
@@ -344,10 +299,7 @@ def test_a_signal_in_the_middle_of_a_write_keeps_its_exit_code(tmp_path, monkeyp
     assert not contents(tmp_path)
 
 
-# Runs that end early
-
 def test_a_diverged_run_keeps_the_last_good_checkpoint(paths, monkeypatch, capfd):
-    """Catches: NaNs are written over the checkpoint that the run could be continued from."""
     fit = prt.fit
     monkeypatch.setattr(prt, "fit", lambda *args, **options: fit(*args, **options | dict(save_every=1)))
     code = call(*TRAIN.format(**paths).split(), "--lr", "1e30", "--steps", "3")
@@ -360,12 +312,8 @@ def test_a_diverged_run_keeps_the_last_good_checkpoint(paths, monkeypatch, capfd
     (TRAIN, "--augment", "--seed 1"), (TRAIN, "--method pretrain --size tiny", "--accum 2"),
     (" ".join(TUNE_LM), "--method ft --recompute", "--length 99"),
     (" ".join(TUNE_LM), "--method pretrain", "--accum 2")])
-def test_an_interrupted_command_resumes_bit_for_bit(in_texts, paths, monkeypatch, capfd, command, options,
-                                                    other):
-    """Catches: A batch or a random view is repeated, or the optimizer's state is forgotten.
-
-    --accum counts in pretraining, where CLIP's loss contrasts the examples of a micro-batch.
-    """
+def test_an_interrupted_run_resumes_bit_for_bit(in_texts, paths, monkeypatch, capfd, command, options, other):
+    """--accum counts in pretraining, where CLIP's loss contrasts the examples of a micro-batch."""
     command = f"{command} {options} --steps 7 --warmup 2 --lr 1e-3 --out".format(**paths).split()
     whole, half = paths["out"] / "whole.pt", paths["out"] / "half.pt"
     assert call(*command, whole) == 0
@@ -395,7 +343,6 @@ def small_files():
 
 @pytest.mark.parametrize("case", PROCESSES)
 def test_a_process_ends_with_one_line_and_exit_code_2(paths, texts, malformed, case):
-    """Catches: Warnings of libraries beside the one line, another exit code, or a lost checkpoint."""
     command, *words = (text.format(**malformed | paths) for text in PROCESSES[case])
     before = contents(paths["out"], paths["root"])
     done = spawn(*command.split(), cwd=texts.folder, cache=paths["out"] / "cache",
@@ -404,8 +351,6 @@ def test_a_process_ends_with_one_line_and_exit_code_2(paths, texts, malformed, c
     assert contents(paths["out"], paths["root"]) == before
 
 
-# The run without flags
-
 STAGES = dict(old=None, new=None, reward="prt", tuned_source="ft", tuned_base="ft")
 
 
@@ -413,7 +358,6 @@ STAGES = dict(old=None, new=None, reward="prt", tuned_source="ft", tuned_base="f
     ("shapes", "out/shapes-0", {"classes", "templates"}),
     ("texts", "out/arithmetic-0", {"tokenizer", "template"})])
 def test_the_run_without_flags_makes_five_models_and_their_table(request, name, folder, keys):
-    """Catches: A stage is missing, or the user has to ask for the table or for the picture of images."""
     run = request.getfixturevalue(name)
     trained, table = run.printed.split(f"\npython eval.py --run {folder}\n")
     begun = re.findall(r"^run (\d of 5: \S+); about [\d.]+ minutes", trained, re.M)
@@ -432,29 +376,20 @@ def test_the_run_without_flags_makes_five_models_and_their_table(request, name, 
 
 # Scores
 
-def test_predict_in_pieces_equals_one_pass():
-    torch.manual_seed(1)
+def test_predict_in_pieces_equals_one_pass_and_accuracy_is_the_share_of_right_labels():
     network, inputs = torch.nn.Linear(6, 3), torch.randn(40, 6)
     assert torch.allclose(scores.predict(network, inputs, 7), network(inputs), atol=1e-6)
-
-
-def test_accuracy_is_the_share_of_most_likely_labels_that_are_right():
     logits = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
     assert scores.accuracy(logits, torch.tensor([1, 0, 0, 0])) == 0.75
 
 
-def text_batch(i):
-    """Returns (ids, index), targets for some of 8 random texts: more targets in the later ones."""
-    texts = torch.randint(3, 512, (8, 11), generator=torch.Generator().manual_seed(5))
-    ids, index = texts[i], torch.cat([10 * row + torch.arange(2 + row, 10) for row in range(len(i))])
-    return (ids[:, :-1], index), ids[:, 1:].flatten()[index]
-
-
 @torch.no_grad()
 def test_score_texts_weighs_all_targets_equally():
-    """Catches: Batches weigh equally whatever their targets, or figures of another distribution."""
-    base, tuned, old = (weights.load(FIXTURES / name) for name in ("llama3", "falcon3", "qwen2"))
-    batches = [text_batch(torch.tensor(i)) for i in ([0, 1, 2], [3], [4, 5])]
+    base, tuned, old = (helpers.load(name) for name in ("llama3", "falcon3", "qwen2"))
+    batches = []
+    for ids in helpers.random_ids(6, 11).split([3, 1, 2]):
+        index = torch.cat([10 * row + torch.arange(2 + row, 10) for row in range(len(ids))])
+        batches.append(((ids[:, :-1], index), ids[:, 1:].flatten()[index]))
     rewards, y = [(0.7, tuned), (-0.3, old)], torch.cat([targets for _, targets in batches])
 
     def log_probs(model):

@@ -44,8 +44,6 @@ def example(prompt, response):
     return "here", [(prompt, False), (response, True)]
 
 
-# Readers
-
 TALK = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello!"), ("user", "Two\nlines?"),
         ("assistant", " Yes.\n"), ("user", "\n")]
 
@@ -168,8 +166,6 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch, source):
         read(source, split)
 
 
-# Bad files
-
 ASKED, ANSWERED = '{"role": "user", "content": "a"}', '{"role": "assistant", "content": "b"}'
 BAD = {
     "cut off": GOOD[:-3],
@@ -178,7 +174,6 @@ BAD = {
     "list": '["a", "b"]',
     "no response": '{"prompt": "a"}',
     "no answer": '{"question": "a"}',
-    "prompt is a number": '{"prompt": 5, "response": "b"}',
     "question is a number": '{"question": 5, "answer": "b"}',
     "blank response": '{"prompt": "a", "response": " \\n"}',
     "empty answer": '{"question": "a", "answer": "<<1+1=2>>"}',
@@ -358,7 +353,10 @@ def pages():
 
 
 def test_the_facts_are_right_and_the_old_text_has_half_of_them_and_none_of_the_test(pages):
-    """Catches: The old base has seen the fact of a test problem, perhaps with its numbers swapped."""
+    """Catches: The old base has seen the fact of a test problem, perhaps with its numbers swapped.
+
+    Or the problems depend on the state of random, or on the order of a set, which each process changes.
+    """
     facts = {name: [] for name in pages}
     for name in ("old", "new"):
         for (page, counted), in pages[name]:
@@ -377,10 +375,6 @@ def test_the_facts_are_right_and_the_old_text_has_half_of_them_and_none_of_the_t
     assert old == train and not test & old and test <= new
     assert 0.4 < len(old) / 466 < 0.6 and len(test) > 0.9 * len(new - old)
     assert all({sign for _, sign, _, _ in some} == {"+", "-", "x"} for some in (old, new, test))
-
-
-def test_the_problems_are_always_the_same(pages):
-    """Catches: They depend on the state of random, or on the order of a set, which each process changes."""
     whole = repr([pages[split] for split in ("train", "test")])
     assert hashlib.sha256(whole.encode()).hexdigest()[:16] == "c2a81748a347e054"
 

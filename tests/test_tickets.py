@@ -2,12 +2,13 @@
 import gzip
 import io
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EVAL, NEW, TRAIN, TUNE_LM, assert_refused, call, interrupted, one_line, two_processes
+from conftest import EVAL, NEW, TRAIN, TUNE_LM, call, interrupted, one_line, two_processes
 from helpers import load, write_trap
 from torch.nn.utils import parametrize
 
@@ -51,10 +52,8 @@ def test_the_mask_keeps_exactly_the_stated_share_also_of_a_tiny_matrix(keep, fre
         assert t(torch.randn(t.size)).shape == (n,)
 
 
-@pytest.mark.parametrize("scores", [torch.zeros(100), torch.tensor([1.0, 0.0]).repeat(50), torch.randn(100)],
-                         ids=["equal", "two", "different"])
+@pytest.mark.parametrize("scores", [torch.zeros(100), torch.tensor([1.0, 0.0]).repeat(50), torch.randn(100)])
 def test_the_mask_is_that_of_the_highest_scores_and_of_equal_ones_the_first(scores):
-    """Catches: All scores that equal the threshold are kept, as with >=."""
     first = scores.argsort(descending=True, stable=True)[:30]
     assert tickets.TopK.apply(scores, 30).equal(torch.zeros(100).index_fill(0, first, 1.0))
 
@@ -80,8 +79,7 @@ def test_training_moves_scores_only_and_frozen_weights_stay(kind):
     policy = classifier()
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     tickets.convert(policy, SETTINGS | dict(kind=kind))
-    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
-    assert trained == {name for name, _ in policy.named_parameters() if name.endswith(".original")}
+    assert all(p.requires_grad == name.endswith(".original") for name, p in policy.named_parameters())
     visual, images, labels = policy.visual, pixels(16), torch.arange(16) % 5
     start = visual.proj.detach().clone()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.5, weight_decay=0.0)
@@ -123,19 +121,13 @@ def test_under_bfloat16_autocast_the_scores_stay_float32_and_get_gradients():
 # Files
 
 def write(path, content):
-    """Writes a ticket's file with other content."""
     file = io.BytesIO()
     torch.save(content, file)
     path.write_bytes(gzip.compress(file.getvalue()))
 
 
-def image_command(paths, *flags, **other):
-    return *TRAIN.format(**paths | other).split(), "--ticket", *flags
-
-
-def image_ticket(paths, *flags, **other):
-    """Trains a ticket on images, and returns its path."""
-    assert call(*image_command(paths, *flags, **other)) == 0
+def image_ticket(paths, *flags):
+    assert call(*TRAIN.format(**paths).split(), "--ticket", *flags) == 0
     return paths["out"] / "x.pt"
 
 
@@ -146,17 +138,15 @@ def text_ticket(folder, *flags):
 
 
 @pytest.fixture
-def trained(monkeypatch):
-    """The policies that prt.fit has trained."""
-    policies, fit = [], prt.fit
-    monkeypatch.setattr(prt, "fit", lambda policy, *args, **options: (
-        policies.append(policy) or fit(policy, *args, **options)))
-    return policies
+def fit(monkeypatch):
+    """A mock of prt.fit that calls it; its first argument is the policy that is trained."""
+    monkeypatch.setattr(prt, "fit", mock.Mock(wraps=prt.fit))
+    return prt.fit
 
 
 @pytest.mark.parametrize("fixture", [None, "openclip_rn", "openclip_convnext"])
 @pytest.mark.parametrize("flags", [["random"], ["base"], ["random", "--freeze", 0.3]], ids=str)
-def test_a_saved_and_loaded_image_ticket_gives_the_same_logits(paths, trained, tmp_path, fixture, flags):
+def test_a_saved_and_loaded_image_ticket_gives_the_same_logits(paths, fit, tmp_path, fixture, flags):
     """Catches: Other random weights, a head that is not restored, or the base's BatchNorm statistics stay."""
     base = paths["old"]
     if fixture:
@@ -167,8 +157,8 @@ def test_a_saved_and_loaded_image_ticket_gives_the_same_logits(paths, trained, t
         embedding = torch.randn(49408, clip.arch["text_width"])  # for real prompts
         files.save(base, dict(clip.info, arch=clip.arch | dict(vocab=49408),
                               model=clip.state_dict() | {"token_embedding.weight": embedding}))
-    path, images = image_ticket(paths, *flags, old=base), pixels()
-    loaded, (policy,) = weights.load(path, "prt"), trained
+    path, images = image_ticket(paths | dict(old=base), *flags), pixels()
+    loaded, policy = weights.load(path, "prt"), fit.call_args.args[0]
     # Convolutions of the same numbers at another place in memory may differ by rounding.
     assert torch.allclose(scores.predict(loaded, images), scores.predict(policy, images), atol=1e-5)
     bits = sum(m.size for m in policy.modules() if isinstance(m, tickets.MaskedWeight))
@@ -178,9 +168,9 @@ def test_a_saved_and_loaded_image_ticket_gives_the_same_logits(paths, trained, t
 
 
 @pytest.mark.parametrize("kind", ["random", "base"])
-def test_the_bits_of_a_ticket_are_those_of_its_scores_in_order_of_names(in_texts, trained, tmp_path, kind):
+def test_the_bits_of_a_ticket_are_those_of_its_scores_in_order_of_names(in_texts, fit, tmp_path, kind):
     path, ids = text_ticket(tmp_path, kind), torch.randint(0, 500, (2, 9))
-    content, (policy,), loaded = ticket_files.read(path), trained, weights.load(path, "prt")
+    content, policy, loaded = ticket_files.read(path), fit.call_args.args[0], weights.load(path, "prt")
     assert loaded(ids).equal(policy(ids))
     bits, at, old = np.unpackbits(content["ticket"]["masks"].numpy()), 0, weights.load(content["source"])
     for name in sorted(name for name, p in old.named_parameters() if p.ndim > 1 and "embed" not in name):
@@ -196,7 +186,6 @@ def test_the_bits_of_a_ticket_are_those_of_its_scores_in_order_of_names(in_texts
 
 
 def test_a_text_ticket_answers_a_prompt_and_knows_its_tokenizer_by_its_hash(in_texts, tmp_path, capfd):
-    """Catches: A ticket is added to a base whose tokens mean something else."""
     path = text_ticket(tmp_path, "random")
     command = "eval.py", "--reward", path, "--base", NEW, "--prompt", "1 + 2 =", "--new-tokens", 4
     for flags in ([], ["--speculative"]):
@@ -207,9 +196,8 @@ def test_a_text_ticket_answers_a_prompt_and_knows_its_tokenizer_by_its_hash(in_t
 
 
 def test_eval_takes_a_ticket_as_any_reward_and_shows_bytes(paths, table, capfd, tmp_path):
-    """Catches: A ticket without its source does not name the flag that finds it, or takes another one."""
     old, full = shutil.copy(paths["old"], tmp_path / "old.pt"), paths["reward"]
-    ticket = image_ticket(paths, "base", old=old)
+    ticket = image_ticket(paths | dict(old=old), "base")
     sizes = {path: path.stat().st_size for path in (full, ticket)}
     assert f"{ticket}: {sizes[ticket]:,} bytes" in capfd.readouterr().out
     command = EVAL.format(**paths | dict(reward=ticket)).split()
@@ -226,15 +214,13 @@ def test_eval_takes_a_ticket_as_any_reward_and_shows_bytes(paths, table, capfd, 
              "--source is not the source that it was trained on")
 
 
-def test_a_damaged_ticket_is_refused(paths, tmp_path, monkeypatch):
-    """Catches: A few bytes expand to gigabytes, a pickle runs, or other random weights are masked."""
+def test_a_damaged_ticket_is_refused(paths, tmp_path):
     path = image_ticket(paths, "random", "--freeze", 0.5)
     content, data = ticket_files.read(path), path.read_bytes()
     randperm, randint = torch.randperm, torch.randint
     for name, other in (("randperm", lambda *a, **k: randperm(*a, **k).flip(0)),
                         ("randint", lambda *a, **k: 1 - randint(*a, **k))):
-        with monkeypatch.context() as patch, pytest.raises(ValueError, match="another version of"):
-            patch.setattr(torch, name, other)
+        with mock.patch.object(torch, name, other), pytest.raises(ValueError, match="another version of"):
             weights.load(path)
     weights.load(path)
     trap, large = (gzip.compress(x) for x in (write_trap(tmp_path).read_bytes(), bytes(10**8)))
@@ -248,12 +234,10 @@ def test_a_damaged_ticket_is_refused(paths, tmp_path, monkeypatch):
     edited = [(dict(arch=arch | dict(layers=10**9)), "layers"),
               (dict(arch=arch | dict(image_size=10**6)), "weights, of which only")]
     edited += [(dict(ticket=content["ticket"] | change), message) for change, message in [
-        (dict(masks=torch.zeros(10, dtype=torch.uint8)), "masks of 10 bytes"), (dict(masks=[1, 2]), ""),
-        (dict(masks=torch.zeros(size, dtype=torch.int8)), f"masks of {size} bytes"),
+        (dict(masks=[1, 2]), ""), (dict(masks=torch.zeros(size, dtype=torch.int8)), f"masks of {size} bytes"),
         (dict(freeze=0.9), f"masks of {size} bytes for a network that needs 1434"),
-        (dict(freeze=1.0), "freeze 1.0"), (dict(keep=0.0), "keep 0.0"), (dict(keep="x"), ""),
-        (dict(kind="golden"), "kind 'golden'"), (dict(seed="x"), ""),
-        (dict(checksum="0"), "another version of torch"), (dict(seed=1), "another version of torch"),
+        (dict(freeze=1.0), "freeze 1.0"), (dict(keep=0.0), "keep 0.0"), (dict(seed="x"), ""),
+        (dict(kind="golden"), "kind 'golden'"), (dict(seed=1), "another version of torch"),
         (dict(keep=0.4), "another version of torch")]]
     for change, message in edited:
         write(path, content | change)
@@ -271,7 +255,7 @@ def agreement(a, b):
 
 def test_an_unfinished_ticket_is_no_model_and_does_not_resume_over_other_weights(paths, tmp_path, capfd):
     old = shutil.copy(paths["old"], tmp_path / "old.pt")
-    command = image_command(paths, "base", old=old)
+    command = *TRAIN.format(**paths | dict(old=old)).split(), "--ticket", "base"
     interrupted(*command)
     with pytest.raises(ValueError, match="x.pt: .*an unfinished ticket: continue its run with --resume"):
         weights.load(paths["out"] / "x.pt", "prt")
@@ -296,7 +280,6 @@ def test_two_processes_train_the_ticket_of_one_and_one_resumes_it(paths, in_text
 
 
 def test_compiled_training_gives_the_same_ticket_and_files_of_it_the_same_bytes(paths):
-    """Catches: The time of day, or the file's temporary name, in the compressed file."""
     path, eager = paths["out"] / "x.pt", paths["out"] / "eager.pt"
     for flags in [], [], ["--compile"]:
         image_ticket(paths, "base", *flags)
@@ -306,21 +289,7 @@ def test_compiled_training_gives_the_same_ticket_and_files_of_it_the_same_bytes(
         path.rename(eager)
 
 
-@pytest.mark.parametrize("case", [
-    (TRAIN + "--keep 0.5", "--keep and --freeze", "--ticket"),
-    (TRAIN + "--freeze 0.5", "--keep and --freeze", "--ticket"),
-    (TRAIN + "--ticket base --reward-init random", "--reward-init"),
-    (TRAIN + "--ticket base --method pretrain", "--ticket", "pretrain"),
-    (TRAIN + "--reward-init random --method ft", "--reward-init", "ft"),
-    ("train_vision.py --ticket base", "--ticket", "--source"),
-    ("train_lm.py --ticket base", "--ticket", "--source")])
-def test_flags_that_make_no_ticket_are_refused_in_one_line(paths, capfd, monkeypatch, case):
-    monkeypatch.chdir(paths["out"])
-    assert_refused(case, paths, capfd, paths["out"])
-
-
 def test_a_reward_from_random_weights_does_not_start_as_the_source(paths, in_texts, tmp_path):
-    """Catches: --reward-init random is taken as a path, or changes nothing."""
     for command in TRAIN.format(**paths).split(), TUNE_LM:
         models = []
         for init in [], ["--reward-init", "random"]:

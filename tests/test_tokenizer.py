@@ -123,8 +123,6 @@ def test_the_story_of_llama2c_has_the_ids_of_its_model():
     assert tokenizer.decode(story["greedy"][1:], first=False) == story["text"]
 
 
-# Texts and tokens
-
 def test_a_space_is_added_to_a_text_and_not_to_its_continuation_and_half_a_character_is_replaced():
     """Catches: An answer has a space that its text lacks, or what a model samples is an error."""
     tokenizer = make(LLAMA2)
@@ -146,8 +144,7 @@ END_MERGES = [["</", "s"], ["<", "/"], ["</s", ">"], *LLAMA2["model"]["merges"]]
 
 
 @pytest.mark.parametrize("d", [small(), STOP, changed(STOP, "model", ignore_merges=True),
-                               llama2(END_MERGES, ["<", ">", "</", "</s"])],
-                         ids=["added", "a word", "ignore_merges", "SentencePiece"])
+                               llama2(END_MERGES, ["<", ">", "</", "</s"])])
 def test_a_special_token_in_a_text_is_plain_text_and_bytes_are_those_of_the_text(d):
     """Catches: A text that spells the end token ends a response, or half a character is lost in colors."""
     tokenizer, special = make(d), {token["id"]: token["content"] for token in d["added_tokens"]}
@@ -264,8 +261,6 @@ def test_a_tokenizer_that_cannot_be_reproduced_is_refused(case):
     assert all(word in str(caught.value) for word in words)
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
 
-
-# The hash
 
 PIECES, RULES, DECODER = LLAMA2["model"]["vocab"], LLAMA2["model"]["merges"], LLAMA2["decoder"]
 ALWAYS = METASPACE | dict(prepend_scheme="always")

@@ -17,8 +17,7 @@ from models.clip import classifier
 from models.gpt import GPT
 
 GPTS = ["gpt2", "gpt2_hub", "llama2", "llama3", "falcon3", "qwen2"]
-CLIPS = ["openclip_vit", "openclip_vit_quickgelu", "openclip_rn", "openclip_bare", "openclip_convnext",
-         "openclip_convnext_mlp"]
+CLIPS = ["openclip_vit", "openclip_rn", "openclip_bare", "openclip_convnext", "openclip_convnext_mlp"]
 TOKENIZERS = {name: (FIXTURES / f"{name}_tokenizer" / "tokenizer.json").read_text()
               for name in ("llama3", "qwen2")}
 
@@ -77,7 +76,6 @@ def refused(source, *words, kind=ValueError, **options):
 
 @pytest.mark.parametrize("name", [*GPTS, *CLIPS])
 def test_models_are_loaded_in_eval_mode_and_float32_without_random_numbers(name):
-    """Catches: Weights that are replaced at once are initialized, or a seed gives another run."""
     before = torch.get_rng_state()
     model = load(name, role="base")
     assert torch.equal(before, torch.get_rng_state())
@@ -112,7 +110,6 @@ def test_bare_state_dict_of_a_clip_is_read_in_any_form(tmp_path, capsys, visual,
 
 
 def test_gpt_in_half_precision_is_float32_unless_asked(tmp_path):
-    """Catches: Weights to train that stay in their file's half precision lose small steps."""
     half = {k: x.bfloat16() for k, x in tensors_of("llama2").items()}
     folder = edited(tmp_path, "llama2", half)
     for options, dtype in ({}, torch.float32), (dict(dtype=torch.bfloat16), torch.bfloat16):
@@ -123,7 +120,6 @@ def test_gpt_in_half_precision_is_float32_unless_asked(tmp_path):
 
 @pytest.mark.parametrize("source", ["nothing", "no/such/folder", "../nothing", "out/base.pt"])
 def test_mistyped_path_is_no_hub_id(source, serve, monkeypatch):
-    """Catches: A mistyped path is looked up on the hub, and the message speaks of the network."""
     server = serve()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     refused(source, "no such file", kind=FileNotFoundError)
@@ -153,9 +149,8 @@ def deepened(tensors):
     ("llama2", dict(rope_parameters=None), {}),  # Llama 2's own config.json names no rope_theta
     *(("gpt2", dict(eos_token_id=value), dict(end=end)) for value, end in (
         ([None], None), (0, 0), (511, 511), ([7, 8], 7))),
-    *(("openclip_convnext", vision(**change), dict(image_size=64)) for change in (
-        dict(timm_drop=0.1, timm_drop_path=None), dict(timm_model_pretrained=True), dict(timm_pool="avg"),
-        dict(timm_model_name="convnext_large"))),
+    ("openclip_convnext", vision(timm_drop=0.1, timm_drop_path=None, timm_model_pretrained=True,
+                                 timm_pool="avg", timm_model_name="convnext_large"), dict(image_size=64)),
     ("openclip_convnext", vision(image_size=320), dict(image_size=320))])
 def test_older_keys_and_options_that_change_no_feature_are_read(tmp_path, name, change, arch):
     """Catches: A published config is refused, or Llama 3.1's own scaling, which moves all logits, skipped."""
@@ -169,7 +164,6 @@ def test_older_keys_and_options_that_change_no_feature_are_read(tmp_path, name, 
               "transformer.h.1.attn.masked_bias": torch.ones(1), "lm_head.weight": torch.ones(512, 48)}),
     ("llama2", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})], ids=["gpt2", "llama2"])
 def test_buffers_of_old_files_are_skipped(tmp_path, name, buffers):
-    """Catches: Causal masks, RoPE tables, and tied matrices that older files hold are refused."""
     assert_features(weights.load(edited(tmp_path, name, tensors_of(name) | buffers)), name)
 
 
@@ -181,22 +175,19 @@ def test_buffers_of_old_files_are_skipped(tmp_path, name, buffers):
         ("llama2", "hidden_act", "gelu"), ("llama2", "quantization_config", dict(bits=4)),
         ("qwen2", "use_sliding_window", True), ("gpt2", "activation_function", "relu"),
         ("gpt2", "scale_attn_weights", False), ("gpt2", "scale_attn_by_inverse_layer_idx", True)]),
-    *(("llama2", {key: None}, f"lacks {key}") for key in (
-        "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-        "max_position_embeddings", "rms_norm_eps")),
+    *(("llama2", {key: None}, f"lacks {key}") for key in ("model_type", "vocab_size", "rms_norm_eps")),
     *(("llama2", {key: value}, word) for key, value, word in [
         ("num_hidden_layers", 3000, "layers in"), ("num_hidden_layers", 2, "layers.2."),
         ("num_attention_heads", 5, "5 heads"), ("num_key_value_heads", 3, "k_proj"),
-        ("hidden_size", 72, "embed"), ("intermediate_size", 10**12, "mlp"), ("vocab_size", 511, "embed"),
-        ("head_dim", 8, "heads of 8"), ("rope_parameters", [1], ""), ("eos_token_id", 512, "token is 512")]),
+        ("intermediate_size", 10**12, "mlp"), ("vocab_size", 511, "embed"), ("head_dim", 8, "heads of 8"),
+        ("rope_parameters", [1], ""), ("eos_token_id", 512, "token is 512")]),
     *(("openclip_convnext", vision(**{key: value}), key) for key, value in [
         ("timm_model_name", "convnextv2_base"), ("timm_model_name", "convnext_xxlarge"), ("timm_pool", "max"),
         ("timm_proj", "none"), ("timm_proj_bias", True), ("image_size", 31), ("image_size", 1025),
-        ("image_size", [64, 64]), ("image_size", "64"), ("image_size", True)]),  # no tensor tells it
+        ("image_size", [64, 64]), ("image_size", True)]),  # no tensor tells it
     *(("openclip_vit", vision(**{key: value}), word) for key, value, word in [
         ("pool_type", "avg", "pool_type"), ("timm_model_name", "vit", "timm_model_name"),
-        ("head_width", 48, "does not split"), ("head_width", -1, "does not split"), ("head_width", 0, ""),
-        ("head_width", "x", "")]),
+        ("head_width", 48, "does not split"), ("head_width", 0, ""), ("head_width", "x", "")]),
     ("openclip_vit", dict(model_cfg=dict(text_cfg=dict(heads=1.5))), "does not split into"),
     ("openclip_vit", dict(model_cfg=dict(text_cfg=dict(hf_model_name="roberta"))), "hf_model_name"),
     ("openclip_vit", dict(model_cfg=dict(custom_text=True)), "custom_text"),
@@ -207,15 +198,15 @@ def test_unsupported_options_and_values_that_do_not_fit_are_refused(tmp_path, na
 
 
 @pytest.mark.parametrize("name, key, shape", [
-    ("gpt2", "transformer.ln_f.weight", None), ("llama2", "model.norm.weight", None),
-    ("gpt2", "transformer.ln_f.weight", (3,)), ("llama2", "model.extra.weight", (2,)),
+    ("llama2", "model.norm.weight", None), ("gpt2", "transformer.ln_f.weight", (3,)),
+    ("llama2", "model.extra.weight", (2,)),
     *(("openclip_vit", *misfit) for misfit in [
-        ("ln_final.bias", None), ("ln_final.bias", (3,)), ("text_projection", (3,)), ("visual.extra", (2,)),
+        ("ln_final.bias", None), ("text_projection", (3,)), ("visual.extra", (2,)),
         ("visual.positional_embedding", (19, 64)), ("positional_embedding", (77, 3)),
         ("visual.conv1.weight", (3,)), ("token_embedding.weight", (3,))]),
     *(("openclip_convnext", *misfit) for misfit in [
-        ("visual.trunk.stem.0.weight", (4, 3, 2, 2)), (f"{STAGES}1.downsample.1.weight", None),
-        (f"{STAGES}0.downsample.1.weight", (4, 4, 2, 2)), (f"{STAGES}4.blocks.0.gamma", (16,)),
+        ("visual.trunk.stem.0.weight", (4, 3, 2, 2)), (f"{STAGES}4.blocks.0.gamma", (16,)),
+        (f"{STAGES}1.downsample.1.weight", None), (f"{STAGES}0.downsample.1.weight", (4, 4, 2, 2)),
         (f"{STAGES}2.blocks.0.gamma", ()), (f"{STAGES}2.blocks.0.gamma", None),  # as in ConvNeXt V2
         (f"{STAGES}0.blocks.0.mlp.fc1.weight", (16, 4, 1, 1)),  # as in convnext_atto
         ("visual.trunk.norm_pre.weight", (16,)), ("visual.head.proj.weight", None)]),
@@ -231,11 +222,9 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, name, key, shape):
 
 
 @pytest.mark.parametrize("name, file", [
-    ("llama2", "config.json"), ("openclip_vit", "open_clip_config.json"),
-    ("llama3", "model.safetensors.index.json"), ("llama2", "model.safetensors"),
-    ("llama3", "model-00004-of-00009.safetensors")])
+    ("llama2", "config.json"), ("openclip_vit", "open_clip_config.json"), ("llama2", "model.safetensors"),
+    ("llama3", "model.safetensors.index.json"), ("llama3", "model-00004-of-00009.safetensors")])
 def test_damaged_and_missing_files_are_named(tmp_path, name, file):
-    """Catches: The folder is named, but not the shard that must be downloaded again."""
     path = edited(tmp_path, name) / file
     if path.suffix == ".json":
         for text in "{", "[]", "", "\0", '{"model_cfg": null, "weight_map": 3}':
@@ -251,8 +240,6 @@ def test_damaged_and_missing_files_are_named(tmp_path, name, file):
 # The hub
 
 URL = "/org/{}/resolve/main/{}"
-SAFETENSORS, BIN = (URL.format("clip", name) for name in (
-    "open_clip_model.safetensors", "open_clip_pytorch_model.bin"))
 INDEX = URL.format("gpt", "model.safetensors.index.json")
 
 
@@ -271,10 +258,10 @@ def server(serve, monkeypatch):
 @pytest.mark.parametrize("repo, name, binary", [("gpt", "llama3", False), ("clip", "openclip_vit", False),
                                                 ("clip", "openclip_vit", True)])
 def test_model_of_the_hub_is_downloaded_once(server, tmp_path, repo, name, binary):
-    """Catches: Shards, the tokenizer, or an older repository's .bin are missed, or asked for again."""
     if binary:
         content = saved(tmp_path / "clip.bin", tensors_of(name)).read_bytes()
-        server.files |= {SAFETENSORS: 404, BIN: content}
+        server.files |= {URL.format("clip", "open_clip_model.safetensors"): 404,
+                         URL.format("clip", "open_clip_pytorch_model.bin"): content}
     for _ in range(2):
         model = weights.load(f"org/{repo}", "base", text=repo == "gpt")
         assert_features(model, name)
@@ -284,18 +271,15 @@ def test_model_of_the_hub_is_downloaded_once(server, tmp_path, repo, name, binar
 
 
 @pytest.mark.parametrize("repo, name, status", [
-    ("gpt", "config.json", 404), ("gpt", "model.safetensors.index.json", 404),
-    ("gpt", "model-00003-of-00009.safetensors", 404), ("clip", "open_clip_model.safetensors", 404),
-    ("gpt", "tokenizer.json", 403), ("clip", "open_clip_config.json", 403)])
+    ("gpt", "config.json", 404), ("gpt", "model-00003-of-00009.safetensors", 404),
+    ("clip", "open_clip_model.safetensors", 404), ("gpt", "tokenizer.json", 403)])
 def test_missing_and_gated_files_of_the_hub_are_told_apart(server, repo, name, status):
-    """Catches: A gated model is reported as missing, or the message does not say which file is."""
     server.files[URL.format(repo, name)] = status
     words, kind = {404: ([], FileNotFoundError), 403: (["HF_TOKEN"], OSError)}[status]
     refused(f"org/{repo}", name, *words, kind=kind)
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "../../../x.safetensors", "/x.safetensors",
-                                  "sub/x.safetensors"])
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "sub/x.safetensors"])
 def test_index_may_not_leave_its_folder(server, name):
     """Catches: An index from elsewhere reads, or on a hub writes, files outside the model's folder."""
     index = merged(json.loads(server.files[INDEX]), dict(weight_map={"model.norm.weight": name}))
@@ -318,10 +302,8 @@ def checkpoint_of(kind, name, **header):
 @torch.no_grad()
 @pytest.mark.parametrize("kind, name, method", [
     ("gpt", "gpt2", "prt"), ("gpt", "llama3", "ft"), ("clip", "openclip_rn", None),
-    ("clip", "openclip_convnext", None), ("classifier", "openclip_vit", "prt"),
-    ("classifier", "openclip_rn", "ft"), ("classifier", "openclip_convnext", "prt")])
+    ("classifier", "openclip_vit", "prt"), ("classifier", "openclip_convnext", "prt")])
 def test_checkpoint_gives_its_model_back(tmp_path, kind, name, method):
-    """Catches: A saved reward answers otherwise than the one that was trained."""
     checkpoint, model = checkpoint_of(kind, name, **(dict(method=method, beta=0.5) if method else {}))
     files.save(tmp_path / "r.pt", checkpoint | dict(optimizer=dict(step=torch.ones(()))))
     again = weights.load(tmp_path / "r.pt", method or "base", text=kind == "gpt")
@@ -337,12 +319,10 @@ def test_checkpoint_gives_its_model_back(tmp_path, kind, name, method):
 @pytest.mark.parametrize("kind, method, role, text, words", [
     ("gpt", "prt", "base", True, "r.pt is a reward for text; a base for text is needed here"),
     ("gpt", "ft", "prt", None, "r.pt is a fine-tuned model for text; a reward for text is"),
-    ("gpt", "base", "prt", None, "r.pt is a base for text; a reward for text is"),
     ("gpt", "base", "base", False, "r.pt is a base for text; a base for images is"),
     ("clip", "base", "ft", None, "r.pt is a base for images; a fine-tuned model for images is"),
     ("classifier", "prt", None, True, "r.pt is a reward for images; a reward for text is")])
 def test_model_of_another_role_is_refused(tmp_path, kind, method, role, text, words):
-    """Catches: A reward is taken for a base, or an image model for a text model: bad figures, no error."""
     checkpoint, _ = checkpoint_of(kind, "llama3" if kind == "gpt" else "openclip_vit", method=method)
     refused(saved(tmp_path / "r.pt", checkpoint), words, role=role, text=text)
     for name, other in ("openclip_vit", True), ("llama3", False):
@@ -351,12 +331,10 @@ def test_model_of_another_role_is_refused(tmp_path, kind, method, role, text, wo
 
 @pytest.mark.parametrize("kind, name, change, word", [
     *((None, "", content, "") for content in (
-        {}, dict(step=3), dict(kind="clip"), tensors_of("openclip_bare") | {"ln_final.bias": 3})),
+        {}, dict(kind="clip"), tensors_of("openclip_bare") | {"ln_final.bias": 3})),
     *(("gpt", "llama3", change, "") for change in [
-        dict(arch=None), dict(arch=[]), dict(model=None), dict(model=[]), dict(kind="other"),
-        dict(kind=None), dict(method="rlhf")]),
-    *(("gpt", "llama3", dict(arch={key: None}), key) for key in (
-        "vocab", "layers", "rope", "layer_norm", "gated_mlp", "qkv_bias", "bias")),
+        dict(arch=None), dict(model=None), dict(model=[]), dict(kind="other"), dict(method="rlhf")]),
+    *(("gpt", "llama3", dict(arch={key: None}), key) for key in ("vocab", "rope", "layer_norm", "bias")),
     *((kind, name, dict(arch=change), word) for kind, name, change, word in [
         ("gpt", "llama3", dict(layers=3000), "layers in"), ("gpt", "llama3", dict(layers=2), "layers.2."),
         ("gpt", "llama3", dict(heads=2), "heads"), ("gpt", "llama3", dict(tied=False), "lm_head"),
@@ -389,14 +367,12 @@ def numbers(values):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen2"])
 def test_wrong_numbers_in_a_config_are_refused_if_they_are_read(tmp_path, name):
-    """Catches: A damaged config.json gives an error in the first forward pass, or a model that gives nan."""
     folder = edited(tmp_path, name, **dict.fromkeys(UNREAD, "x"))
     assert_features(weights.load(folder), name)
     config = json.loads((folder / "config.json").read_text())
     wrong = [{key: value} for key in numbers(config) for value in WRONG]
-    wrong += [dict(rope_parameters={key: value}) for key in numbers(config.get("rope_parameters", {}))
-              for value in WRONG]
-    for change in wrong:
+    rope = numbers(config.get("rope_parameters", {}))
+    for change in wrong + [dict(rope_parameters={key: value}) for key in rope for value in WRONG]:
         (folder / "config.json").write_text(json.dumps(merged(config, change)))
         refused(folder)
 
@@ -405,7 +381,6 @@ def test_wrong_numbers_in_a_config_are_refused_if_they_are_read(tmp_path, name):
                                         ("classifier", "openclip_rn"), ("classifier", "openclip_convnext")])
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_wrong_values_in_a_checkpoint_are_refused(tmp_path, kind, name):
-    """Catches: A damaged checkpoint gives an error in the first forward pass."""
     checkpoint, _ = checkpoint_of(kind, name)
     arch = checkpoint["arch"]
     wrong = dict.fromkeys(numbers(arch), [*WRONG, 1.5])
@@ -455,12 +430,9 @@ def test_padded_rows_and_special_tokens_of_one_model_are_cut_and_named_once(caps
     ((1503, ""), (1503, "llama3"), "org/new.*tokenizer.json"),
     ((1503, "llama3"), (1400, "llama3"), "1503.*'out/reward.pt': 1400")])
 def test_different_tokenizers_and_too_few_rows_are_refused(base, reward, words):
-    """Catches: Ids are read as another tokenizer's, which gives fluent nonsense, or have no logit."""
     with pytest.raises(ValueError, match=words):
         gpt.same_vocabulary({"org/new": small(*base), "out/reward.pt": small(*reward)})
 
-
-# Memory and time
 
 MEASURE = """
 import sys
@@ -482,7 +454,6 @@ for folder in sys.argv[2:]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_no_weight_is_in_memory_twice_and_a_damaged_head_width_takes_none(tmp_path):
-    """Catches: Weights are copied, or initialized first; a table is allocated before its size is checked."""
     folders = [FIXTURES / "llama2", edited(tmp_path / "damaged", "llama2", head_dim=5 * 10**7)]
     # The first folder also loads libraries. bfloat16, of half the size, is in memory beside float32.
     for dtype, vocab in (torch.bfloat16, 24 << 10), (torch.float32, 48 << 10):

@@ -69,7 +69,7 @@ def run(args, seed, calibrated):
     """Returns method -> figures of a seed; prints the temperatures."""
     networks = dict(old=real_weights.Network(args.old, args.size[0]).to(args.device),
                     new=real_weights.Network(args.new, args.size[1]).to(args.device))
-    used_i, held_out_i = runs.split(len(real_weights.photographs(args, "train", args.size[0])[1]), 0.2)
+    used_i, held_out_i = runs.hold_out(len(real_weights.photographs(args, "train", args.size[0])[1]), 0.2)
     if calibrated:
         for name, network in networks.items():
             data = (x[used_i] for x in real_weights.photographs(args, "train", network.size))

@@ -110,7 +110,7 @@ def choose(method, z, labels):
 def run(args, seed):
     """Returns the table of one seed: title -> (beta, networks, figures [4, N], ms per image, seconds)."""
     networks = dict(old=Network(args.old, args.size[0]), new=Network(args.new, args.size[1]))
-    used_i, held_out_i = runs.split(len(photographs(args, "train", args.size[0])[1]), 0.2)
+    used_i, held_out_i = runs.hold_out(len(photographs(args, "train", args.size[0])[1]), 0.2)
     seconds, ms, held_out, test = dict(old=0.0, new=0.0), {}, {}, {}  # the last two: logits [N, L]
     for name, start, method in (("reward", "old", "prt"), ("tuned", "old", "ft"), ("new_tuned", "new", "ft")):
         data = (x[used_i] for x in photographs(args, "train", networks[start].size))
