@@ -367,7 +367,7 @@ from data import arithmetic
 from models import examples
 arithmetic.COUNTS = dict(old=1000, new=1000, train=200, test=50)
 examples.EVAL = Path("few_eval.py").resolve()
-sys.argv[0] = {root!r} + "/{script}"
+sys.argv = [{root!r} + "/{script}", *sys.argv[1:], *{flags}]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -380,8 +380,9 @@ def texts(tmp_path_factory):
     (folder / "sums.jsonl").write_text(jsonl(sums))
     (folder / "talk.jsonl").write_text(jsonl(TALK))
     (folder / "book.txt").write_text("".join(f" {s} = {eval(s)}" for s in SUMS) * 20)
-    for name, script in (("few_train.py", "train_lm.py"), ("few_eval.py", "eval.py")):
-        (folder / name).write_text(FEW_PROBLEMS.format(root=str(ROOT), script=script))
+    for name, script, flags in (("few_train.py", "train_lm.py", []),
+                                ("few_eval.py", "eval.py", ["--new-tokens", "8"])):
+        (folder / name).write_text(FEW_PROBLEMS.format(root=str(ROOT), script=script, flags=flags))
     printed = output("few_train.py", "--steps", 3, "--batch", 8, cwd=folder)
     return SimpleNamespace(folder=folder, printed=printed)
 
