@@ -42,13 +42,6 @@ def is_quoted_from(quote, text):
     return True
 
 
-@pytest.mark.parametrize("quote, result", [
-    ("a = 1\nb = 2", True), ("b = 2\n...\nd = 4", True), ("b = 2\nd = 4", False), ("b =", False),
-    ("c = 3\n...\na = 1", False), ("a = 1\n...\na = 1", False)])
-def test_a_quote_has_whole_lines_in_their_order(quote, result):
-    assert is_quoted_from(quote, "a = 1\n  b = 2\n  c = 3\nd = 4") == result
-
-
 @pytest.mark.parametrize("file, function, quote", QUOTES, ids=[" ".join(quote[:2]) for quote in QUOTES])
 def test_the_lecture_quotes_what_is_in_the_file(file, function, quote):
     """Catches: A line of the project has changed, and the lecture still explains the old one."""
@@ -69,13 +62,6 @@ def differences(printed, expected):
         if not same or any(abs(float(x) - float(y)) > (3 if unit else 0.01 + 0.05 * float(y))
                            for (x, _), (y, unit) in zip(a, b)):
             yield line, want
-
-
-@pytest.mark.parametrize("line, count", [
-    ("beta 2, KL 4.00: 50%", 0), ("beta 2, KL 4.15: 47%", 0), ("beta 2, KL 4.30: 50%", 1),
-    ("beta 3, KL 4.00: 50%", 1), ("beta 2, KL 4.00: 45%", 1), ("beta 2, KL 4.00: 50", 1)])
-def test_numbers_that_differ_by_more_than_rounding_are_found(line, count):
-    assert len([*differences(line, "beta 2, KL 4.00: 50%")]) == count
 
 
 def test_the_lecture_prints_what_it_shows(capsys):

@@ -1,6 +1,5 @@
 """The programs in tests/measure: that they start, and that their protocols hold."""
 import json
-import shutil
 import sys
 from types import SimpleNamespace
 
@@ -22,13 +21,6 @@ TOM = 'Once there was a boy named Tom. Tom had his hat. "He is Tom," said a bird
 def test_a_program_starts(name, tmp_path):
     file = f"tests/measure/{name}.py"
     assert f"python {file}" in output(ROOT / file, "--help", cwd=tmp_path)
-
-
-def test_steps_of_training_are_timed(tmp_path):
-    printed = output(ROOT / "tests/measure/bench.py", "--only", "image_step", "text_step", "ticket_step",
-                     "--image", "tiny", "--text", "tiny", "--steps", 1, "--repeats", 1, cwd=tmp_path)
-    for name in ("image_step_prt_vs_ft", "text_step_prt_vs_ft", "image_step_ticket_vs_prt"):
-        assert f"\n{name} " in printed
 
 
 def network(name, pretrained=False):
@@ -105,16 +97,5 @@ def test_stories_are_put_into_the_first_person_and_counted(tmp_path, capsys):
     assert "\nnew + reward (PRT) " in capsys.readouterr().out
 
 
-def test_tickets_are_measured_in_bytes_of_their_files(in_shapes, tmp_path, monkeypatch, capfd):
-    """Catches: As many weights are pruned as are locked, or a size is not that of the file."""
+def test_randomly_pruned_weights_are_never_locked():
     assert tickets.randomly_pruned(1000, dict(keep=0.3, freeze=0.4)) == (0, 600, 180)
-    monkeypatch.setitem(tickets.REWARDS, "shapes", dict(
-        ticket_random="--steps 2 --batch 8 --warmup 0 --ticket random"))
-    monkeypatch.setenv("PRT_CACHE", str(in_shapes.cache))
-    out = shutil.copytree("out", tmp_path / "out")
-    assert call_main(tickets.main, "tickets.py", "shapes", "--seeds", 0, "--out", out) == 0
-    printed = capfd.readouterr().out
-    for name in ("reward", "reward_bfloat16", "ticket_random"):
-        assert f"{name:20} {(out / f'shapes-0/{name}.pt').stat().st_size:9,.0f} bytes" in printed
-    whole, masks = (tickets.classify(0, 1, tmp_path, keep)[1] for keep in (None, 0.5))
-    assert masks < whole / 10
