@@ -180,9 +180,9 @@ def call(script, *argv):
 def spawn(*command, cwd, cache=None, **options):
     """Runs a script, or other arguments of python, in a process of its own; returns the CompletedProcess."""
     command = [sys.executable, *(str(ROOT / word) if word in SCRIPTS else str(word) for word in command)]
+    command = ["timeout", "-s", "KILL", "240", *command]  # also kills what the process has started
     environment = os.environ | dict(PRT_CACHE=str(cache or Path(cwd) / "cache"), OMP_NUM_THREADS="1")
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240,
-                          **options)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, **options)
 
 
 def output(*command, **options):
