@@ -4,8 +4,7 @@ from pathlib import Path
 import torch
 
 import prt
-from data import files, images, text
-from data.clip_tokenizer import clip_tokens
+from data import files
 from models import runs, scores, weights
 
 TINY = dict(embed_dim=64, image_size=32, patch=8, width=64, layers=2, heads=2, text_width=64, text_layers=2,
@@ -23,6 +22,7 @@ def clip(args, device, state):
 
     state: the checkpoint to continue from, or None.
     """
+    from data import images
     from models.clip import CLIP, classifier, resize
     model = CLIP(CLIPS[args.size]).to(device)
     size = model.arch["image_size"]
@@ -59,6 +59,8 @@ def clip(args, device, state):
 
 def caption_tokens(data):
     """Returns the token ids [N, P, T] of the P texts that each image may be paired with."""
+    from data import images
+    from data.clip_tokenizer import clip_tokens
     if data.captions:
         return images.trim(clip_tokens(data.captions)).unsqueeze(1)
     return images.prompts(data.classes, data.templates)[data.labels]
@@ -82,6 +84,7 @@ def gpt(args, examples):
 
 def blocks(examples, tokenizer, end, length):
     """Returns Tokens in blocks of `length` ids: the texts, each with an end token, without the remainder."""
+    from data import text
     ids = []
     for _, parts in examples:
         texts = [part for part, _ in parts if part]
