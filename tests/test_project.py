@@ -151,7 +151,6 @@ def test_a_link_in_a_markdown_file_leads_to_a_file_and_a_heading(name, link):
 
 
 def test_the_links_of_all_markdown_files_are_found():
-    """Catches: The test above has no links to check."""
     names = {name for name, _ in LINKS}
     assert names >= {"README.md", "data/README.md", "models/README.md", "tests/README.md", "tests/RESULTS.md"}
 
@@ -169,7 +168,6 @@ def run(code, **names):
 
 @block("out/shapes-0")
 def test_the_readme_counts_right_colors_and_right_forms(code, in_shapes, capsys):
-    """Catches: The block takes an answer for another class than its number has in the data."""
     run(code)
     printed = capsys.readouterr().out.splitlines()
     data = images.load("shapes", "test", 32)
@@ -189,8 +187,10 @@ def test_the_readme_counts_right_colors_and_right_forms(code, in_shapes, capsys)
 @block("RewardProcessor")
 def test_the_readme_puts_a_reward_on_a_model_of_another_program(code, tmp_path, monkeypatch):
     """Catches: The continuation is not that of prt.generate with the same base and reward."""
-    base, model = (GPT(pretrain.GPTS["old"] | dict(vocab=40, end=39)).eval() for _ in range(2))
-    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    torch.manual_seed(0)  # the snippet's bfloat16 changes no most likely token of these models
+    base = GPT(pretrain.GPTS["old"] | dict(vocab=40, end=39)).eval()
+    torch.manual_seed(1)
+    model, ids = GPT(base.arch).eval(), torch.tensor([[3, 1, 4, 1, 5]])
     files.save(tmp_path / "out/gsm8k-prt.pt",
                dict(kind="gpt", method="prt", beta=1.0, arch=model.arch, model=model.state_dict()))
     continuations = []
