@@ -74,7 +74,7 @@ def unfinished(example, folder, args, parse):
     """Returns (number, arguments, estimated seconds) of the stages of an example that are not finished."""
     todo = []
     for number, stage in enumerate(example.stages, 1):
-        stage_args = parse(stage.flags.format(folder=folder).split())
+        stage_args = parse([word.format(folder=folder) for word in stage.flags.split()])
         run_args = flags.filled(vars(stage_args), args)
         run_args.data, run_args.out = stage_args.data, f"{folder / stage.name}.pt"
         if stage_args.method != "prt":
