@@ -124,7 +124,9 @@ def load_models(args, device):
     reward = weights.load(args.reward[0], "prt", dtype=dtype, source=args.source)
     info, name = reward.info, args.source or reward.info["source"]
     is_text = info["kind"] == "gpt"
-    others = [weights.load(path, "prt", is_text, dtype, args.source) for path in args.reward[1:]]
+    rewards = {args.reward[0]: reward}  # a path that is given twice is loaded once
+    for path in args.reward:
+        rewards[path] = rewards.get(path) or weights.load(path, "prt", is_text, dtype, args.source)
     base = load_base(args.base, info, dtype, device)
     tuned_source = args.tuned_source and weights.load(args.tuned_source, "ft", is_text, dtype, name)
     tuned_base = args.tuned_base and weights.load(args.tuned_base, "ft", is_text, dtype, args.base)
@@ -139,7 +141,7 @@ def load_models(args, device):
     for path, model, start in tuned:
         if model and Path(model.info["source"]).resolve() != Path(start).resolve():
             print(f"note: {path} was tuned from {model.info['source']}, but the table uses it with {start}")
-    models = Models([reward, *others], base, source, tuned_source, tuned_base)
+    models = Models([rewards[path] for path in args.reward], base, source, tuned_source, tuned_base)
     for model in models.given():
         model.to(device)
     return models

@@ -1,7 +1,8 @@
 """How an unfinished run goes on (--resume), on a CPU bit for bit. models/weights.py writes its checkpoint."""
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+from torch.distributed.checkpoint.state_dict import set_state_dict
 
 from data import files
+from models.weights import FULL_STATE
 
 
 def checkpoint(path, settings):
@@ -25,8 +26,8 @@ def checkpoint(path, settings):
 def restore(model, optimizer, state):
     """Puts a checkpoint's weights and optimizer state in place; returns its number of finished steps."""
     rates = [group["lr"] for group in optimizer.param_groups]
-    set_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True),
-                   model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(model, optimizer, options=FULL_STATE, model_state_dict=state["model"],
+                   optim_state_dict=state["optimizer"])
     for group, rate in zip(optimizer.param_groups, rates):  # prt.fit begins with the peaks
         group["lr"] = rate
     return state["step"]
