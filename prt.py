@@ -6,10 +6,8 @@ the reward model, to give a reward r(x, y) to every label y of an input x, with 
     pi_r(y|x) = pi_base(y|x) exp(r(x, y) / beta) / Z(x)                                        (eq. 5, 6)
 
 while the base stays frozen. Z(x) normalizes. At test time the same r / beta is added to the log-probabilities
-of any other base with the same labels, without further training.
-
-`reward`, `tilt`, and `prt_loss` are the math, `fit` is Algorithm 1, and `generate` is Algorithm 2. Nothing
-here depends on images or files: a model is any module that maps inputs to logits [..., L] for L labels.
+of any other base with the same labels, without further training. `reward`, `tilt`, and `prt_loss` are the
+math, `fit` is Algorithm 1, `generate` Algorithm 2. A model maps inputs to logits [..., L] of L labels.
 """
 import contextlib
 import math
@@ -22,8 +20,6 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-KL_TARGETS = 64  # of each chunk, whose KL is logged: that of all would take a tenth of a step's time on text
-
 
 def reward(logits, ref_logits=None, beta=1.0):
     """Returns the reward of a network, beta * (log pi_theta - log pi_ref), float32 [..., L].
@@ -32,7 +28,6 @@ def reward(logits, ref_logits=None, beta=1.0):
     ref_logits, pi_ref is uniform and the result is beta * logits: the paper's portable reward (Algorithm 1).
     If pi_ref is the base that was fine-tuned, it is the implicit reward (Prop. 3.1), which emulated
     fine-tuning (EFT) adds to another base. Added to the same base, it restores the tuned model:
-
     >>> source, tuned = torch.tensor([[0.50, 0.25, 0.25], [0.20, 0.60, 0.20]]).log()
     >>> tilt(source, reward(tuned, source)).exp()  # EFT
     tensor([0.2000, 0.6000, 0.2000])
@@ -41,7 +36,8 @@ def reward(logits, ref_logits=None, beta=1.0):
     """
     if ref_logits is None:
         return beta * logits.float()
-    check_labels(network=logits, reference=ref_logits)
+    n, ref_n = logits.shape[-1], ref_logits.shape[-1]
+    check(n == ref_n, f"the network has {n} labels and the reference {ref_n}: they must be the same")
     return beta * (F.log_softmax(logits.float(), -1) - F.log_softmax(ref_logits.float(), -1))
 
 
@@ -50,7 +46,6 @@ def tilt(base_logits, r, beta=1.0):
 
     base_logits, r: [..., L]. Raises ValueError if L differs. Z normalizes, so that a constant added to r
     changes nothing. The last example is PRT before training, with a copy of the base: pi_base^2 / Z.
-
     >>> base, r = torch.tensor([[0.7, 0.2, 0.1], [1.0, 4.0, 1.0]]).log()
     >>> tilt(base, r).exp()  # 0.7, 0.2 * 4, and 0.1, divided by their sum
     tensor([0.4375, 0.5000, 0.0625])
@@ -59,7 +54,8 @@ def tilt(base_logits, r, beta=1.0):
     >>> tilt(base, reward(base)).exp()  # 0.49, 0.04, and 0.01, divided by their sum
     tensor([0.9074, 0.0741, 0.0185])
     """
-    check_labels(base=base_logits, reward=r)
+    n, r_n = base_logits.shape[-1], r.shape[-1]
+    check(n == r_n, f"the base has {n} labels and the reward {r_n}: they must be the same")
     return F.log_softmax(base_logits.float() + r.float() / beta, -1)
 
 
@@ -68,7 +64,6 @@ def prt_loss(base_logits, r, targets, beta=1.0, alpha=0.0, reduction="mean"):
 
     base_logits, r: [..., L]. targets [...]: labels 0 to L-1. reduction: "mean" or "sum" over the targets.
     With one target and alpha = 0, the gradient with respect to r is (pi_r - onehot) / beta:
-
     >>> r = torch.zeros(3, requires_grad=True)
     >>> prt_loss(torch.tensor([0.7, 0.2, 0.1]).log(), r, torch.tensor(1)).backward()
     >>> r.grad
@@ -85,9 +80,8 @@ def prt_loss(base_logits, r, targets, beta=1.0, alpha=0.0, reduction="mean"):
 def combine(base, rewards, logits):
     """Returns the log-probabilities of a base tilted by any number of rewards, float32 [..., L].
 
-    rewards: list of (weight, model). weight * logits(model) is added to logits(base). [] is the base alone,
-    [(beta_train / beta, reward model)] is PRT, [(1, tuned source), (-1, source)] is EFT. logits: model ->
-    logits [..., L].
+    rewards: list of (weight, model), which add weight * logits(model). [] is the base alone, [(beta_train /
+    beta, reward model)] is PRT, [(1, tuned source), (-1, source)] is EFT. logits: model -> logits [..., L].
     """
     return F.log_softmax(sum((w * logits(model).float() for w, model in rewards), logits(base).float()), -1)
 
@@ -97,17 +91,16 @@ def kl(log_probs, base_logits):
     return (log_probs.exp() * (log_probs - F.log_softmax(base_logits.float(), -1))).sum(-1)
 
 
-def check_labels(**logits):
-    """Raises ValueError if two tensors [..., L], passed as name=tensor, differ in their number of labels."""
-    (name, n), (other_name, other_n) = ((name, x.shape[-1]) for name, x in logits.items())
-    if n != other_n:
-        raise ValueError(f"the {name} has {n} labels and the {other_name} {other_n}: they must be the same")
+def check(fits, message):
+    """Raises ValueError with a message if something does not fit."""
+    if not fits:
+        raise ValueError(message)
 
 
 def label_loss(base_logits, r, targets, beta, alpha):
     """Returns the sum of `prt_loss` over targets, and how many of them are the tilt's most likely label."""
-    correct = ((base_logits + r / beta).argmax(-1) == targets).sum()
-    return prt_loss(base_logits, r, targets, beta, alpha, reduction="sum"), correct
+    loss = prt_loss(base_logits, r, targets, beta, alpha, reduction="sum")
+    return loss, ((base_logits + r / beta).argmax(-1) == targets).sum()
 
 
 def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alpha=0.0, loss=label_loss,
@@ -119,10 +112,9 @@ def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alph
     indices: deterministic function from a step to a LongTensor [batch] of example indices.
     fetch: function (indices [b] of a micro-batch, generator) -> (inputs, targets [N], the base's output if it
         is cached, else None), on the model's device. All its random numbers must come from the generator.
-    base: the frozen base. None: `fetch` returns its logits, or it is uniform (plain cross-entropy).
+    base: the frozen base, a module. None: `fetch` returns its logits, or it is uniform (plain cross-entropy).
     method: "prt" (pi_ref of `reward` is uniform), or "ft" (pi_ref is the base): plain fine-tuning.
-    loss: function (base_logits, r, targets, beta, alpha) -> (sum of the losses, number of correct targets).
-        `fit` divides by the number of targets in the batch, over all processes.
+    loss: function (base_logits, r, targets, beta, alpha) -> (sum, not mean, of the losses, number correct).
     optimizer: its learning rates at the call are the peaks. Default: AdamW, 1e-5, no weight decay (Adam).
     head: if given, model and base return features [N, D], and head(model, features) -> logits [N, L] is
         called for at most `chunk` targets at a time, for the base as well.
@@ -131,11 +123,11 @@ def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alph
     save: called with the number of finished steps, every save_every steps (default: steps // 4) and last.
     stop: called after every step. If it returns True, on all processes, `fit` saves and returns.
 
-    On CUDA the forward passes run in bfloat16 autocast. The device is synchronized only to log or save.
-    Returns a list of dicts, one per log step (see `log`). Raises FloatingPointError if loss or norm is not
-    finite.
+    Returns a list of dicts, one per log step. These, and FloatingPointError, are those of `log`. On CUDA the
+    forward passes run in bfloat16 autocast, and the device is synchronized only to log or save.
     """
-    rank, world = processes(model)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    check_call(model, indices, fetch, base, method, optimizer, decay, world)
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
     network, base_network = (torch.compile(m) if m and compile else m for m in (model, base))
@@ -172,7 +164,7 @@ def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alph
                     (loss_sum * world / count).backward()  # times world: FSDP averages over the processes
                     totals.update(loss=loss_sum.detach(), correct=correct, targets=len(y))
                     if base_part is not None:
-                        some, r = base_logits[:KL_TARGETS], r[:KL_TARGETS].detach()
+                        some, r = base_logits[:64], r[:64].detach()  # on text, all take a tenth of a step
                         totals.update(kl=kl(tilt(some, r, beta), some).sum(), kl_targets=len(some))
                 del logits, uniform, base_logits, r, loss_sum  # frees memory for backward through the network
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -193,25 +185,35 @@ def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alph
     return history
 
 
-def processes(model):
-    """Returns the rank and the number of processes. Raises ValueError if there are several and no shards."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if world > 1 and not isinstance(model, FSDPModule):
-        raise ValueError("more than one process, but the model is not sharded: call fully_shard on it first")
-    return rank, world
+def check_call(model, indices, fetch, base, method, optimizer, decay, world):
+    """Raises ValueError for arguments with which `fit` would train nothing, or something else."""
+    check(method in ("prt", "ft") and decay in ("cosine", "linear"), f"unknown {method=} or {decay=}")
+    check(callable(indices) and callable(fetch), "indices and fetch must be functions: see fit's docstring")
+    check(world == 1 or isinstance(model, FSDPModule), "model is not sharded over processes: fully_shard it")
+    groups = optimizer.param_groups if optimizer else [dict(params=[*model.parameters()])]
+    trained = {p for group in groups for p in group["params"] if p.requires_grad} & {*model.parameters()}
+    check(trained, "no weight of model requires grad and is in optimizer: see model.requires_grad_()")
+    if base is not None:
+        check(isinstance(base, torch.nn.Module), f"base is a {type(base).__name__}, but must be a module")
+        check(trained.isdisjoint(base.parameters()), "base has weights that are trained: copy.deepcopy it")
+        norms = [m for m in base.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        check(not any(m.training for m in norms), "base has BatchNorm in train mode: call base.eval()")
 
 
 def fetch_micro_batches(batch, fetch, accum, rank, world, seed, step):
     """Returns what `fetch` gives for each micro-batch of this process, and the number of all targets.
 
-    batch: indices [B], which are divided into accum * world micro-batches. These, and their random numbers,
-    depend on that product only. Raises ValueError if B is not a multiple of it.
+    batch: indices [B], in accum * world micro-batches; these and their random numbers depend on that only.
     """
-    if len(batch) % (accum * world):
-        raise ValueError(f"a batch of {len(batch)} does not split into {accum} x {world} (processes)")
+    check(torch.is_tensor(batch) and batch.ndim == 1 and not batch.is_floating_point(),
+          f"indices returned a {type(batch).__name__}, but must return a LongTensor [batch]")
+    check(len(batch) % (accum * world) == 0,
+          f"a batch of {len(batch)} does not split into {accum} x {world} (processes)")
     parts, first_seed = batch.chunk(accum * world), (seed * 1_000_003 + step) * 1_009
     micro_batches = [fetch(parts[i], torch.Generator().manual_seed(first_seed + i))
                      for i in range(rank, len(parts), world)]
+    check(all(isinstance(x, tuple) and len(x) == 3 and torch.is_tensor(x[1]) for x in micro_batches),
+          "fetch must return inputs (a tuple), targets (a tensor), and the base's output or None")
     count = sum(len(targets) for _, targets, _ in micro_batches)
     if world > 1:
         count = torch.tensor(count, device=micro_batches[0][1].device)
@@ -223,23 +225,22 @@ def fetch_micro_batches(batch, fetch, accum, rank, world, seed, step):
 def in_chunks(features, base_features, targets, size):
     """Yields (features, base features, targets) in parts of `size` rows, and at its end runs backward.
 
-    Each part of the features is detached: backward from its loss stops there, and frees the logits before the
-    next ones are computed. At the end of the with block, the gradients that the parts have collected go
-    through the network, once. base_features: may be None, in every part then. size: None for one part.
+    Each part of the features is detached: backward from its loss stops there, and frees its logits. At the
+    end, the gradients of all parts go through the network, once. base_features: or None. size: None for one.
     """
+    check(torch.is_tensor(features), f"the model returned {type(features).__name__}, not a tensor of logits")
     size = size or len(features)
     parts = [part.detach().requires_grad_() for part in features.split(size)]
     base_parts = [None] * len(parts) if base_features is None else base_features.split(size)
     # Leaving the outermost autocast drops its casts of weights: in here, the parts share those of the head.
     with torch.autocast("cuda", enabled=False):
-        yield zip(parts, base_parts, targets.split(size))
+        yield zip(parts, base_parts, targets.split(size), strict=True)
     features.backward(torch.cat([part.grad for part in parts]))
 
 
 def schedule(step, steps, warmup, decay):
     """Returns a factor for the peak learning rate: linear `warmup`, then "cosine" or "linear" decay to 0."""
-    if not 0 <= warmup < steps:
-        raise ValueError(f"a warmup of {warmup} steps does not fit into {steps} steps")
+    check(0 <= warmup < steps, f"a warmup of {warmup} steps does not fit into {steps} steps")
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / (steps - warmup)
@@ -249,9 +250,9 @@ def schedule(step, steps, warmup, decay):
 def log(bar, name, totals, logged, step, batch, clock):
     """Shows and returns the means over the steps since the last log step. Synchronizes the device.
 
-    totals: sums by name over the steps logged + 1 to `step`. clock: the time when the first of them began.
-    Returns a dict of step; loss, accuracy, and KL from the base (None without its logits) per target; the
-    gradient norm per step; examples per_second. Raises FloatingPointError if loss or norm is not finite.
+    totals: sums by name since step `logged`. clock: the time when that ended. The dict has step; loss,
+    accuracy, and KL from the base (None without its logits) per target; the gradient norm per step; examples
+    per_second. Raises FloatingPointError if loss or norm is not finite.
     """
     values = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=totals["norm"].device)
                           for x in totals.values()])
@@ -266,10 +267,9 @@ def log(bar, name, totals, logged, step, batch, clock):
         raise FloatingPointError(f"steps {logged + 1} to {step}: loss {loss:.4g}, gradient norm {norm:.4g}; "
                                  "nothing was saved since. Start again with a lower learning rate")
     text = f"loss {loss:.4f}, accuracy {accuracy:.3f}, norm {norm:.3f}, "
-    text += f"KL {divergence:.3f}, " if divergence is not None else ""
+    text += "" if divergence is None else f"KL {divergence:.3f}, "
     text += f"{batch / seconds:.0f}/s (steps {logged + 1}-{step})"
-    if values.is_cuda:
-        text += f", {torch.cuda.max_memory_allocated(values.device) / 2**20:.0f} MiB"
+    text += f", {torch.cuda.max_memory_allocated(values.device) / 2**20:.0f} MiB" if values.is_cuda else ""
     bar.set_postfix_str(text)
     if bar.disable:
         print(f"{name} {step}/{bar.total}: {text}, {(bar.total - step) * seconds:.0f} s left", flush=True)

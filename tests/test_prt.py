@@ -204,6 +204,43 @@ def test_what_does_not_fit_is_refused(options, message):
         train(**options)
 
 
+POLICY, BATCH_NORM = new_policy(), torch.nn.BatchNorm1d(6)
+REFUSED = [
+    (dict(model=new_policy().requires_grad_(False)), "no weight of model requires grad.*requires_grad_"),
+    (dict(model=torch.nn.Flatten()), "no weight of model requires grad.*requires_grad_"),
+    (dict(optimizer=adamw(FROZEN)), "no weight of model .*in optimizer"),
+    *((dict(model=POLICY, base=base), "base has weights that are trained.*deepcopy")
+      for base in (POLICY, torch.nn.Sequential(POLICY))),
+    (dict(base=BATCH_NORM), r"base has BatchNorm in train mode.*base.eval\(\)"),
+    (dict(base=torch.nn.Linear(6, 4)), "base has 4 labels and the reward 3"),
+    (dict(fetch=lambda i, generator: ((X[i],), Y[i].repeat(2), None)), "longer"),
+    (dict(fetch=lambda i, generator: (X[i], Y[i])), "fetch must return inputs"),
+    (dict(fetch=[]), "indices and fetch must be functions"),
+    (dict(indices=torch.utils.data.DataLoader([1])), "indices and fetch must be functions"),
+    (dict(indices=lambda step: [0, 1]), "indices returned a list"),
+    (dict(model=torch.nn.LSTM(6, 3)), "the model returned tuple, not a tensor of logits"),
+    (dict(base=lambda x: POLICY(x)), "base is a function, but must be a module"),
+    (dict(method="rpt"), "unknown method='rpt'"),
+    (dict(decay="cosin"), "decay='cosin'")]
+
+
+@pytest.mark.parametrize("options, message", REFUSED, ids=[message for _, message in REFUSED])
+def test_what_fit_cannot_use_is_refused_in_a_sentence(options, message):
+    """Catches: Training of nothing, with a base that moves, or with targets of other logits."""
+    with pytest.raises(ValueError, match=message):
+        prt.fit(**dict(model=new_policy(), indices=indices, fetch=reader(None), steps=2) | options)
+
+
+def test_a_base_may_require_gradients_or_share_weights_that_are_not_trained():
+    """Catches: One of them is refused, or trains another policy."""
+    trunk = torch.nn.Linear(6, 6).requires_grad_(False)
+    shared = torch.nn.Sequential(trunk, copy.deepcopy(BATCH_NORM).eval(), FROZEN)
+    for base in FROZEN, shared:
+        policies = [train(torch.nn.Sequential(trunk, new_policy()), reader(None), base=b)[0]
+                    for b in (base, copy.deepcopy(base))]
+        assert FROZEN.weight.requires_grad and difference(*policies) == 0
+
+
 def test_more_than_one_process_needs_a_sharded_policy(monkeypatch):
     """Catches: Each process trains a copy of its own, with the gradient of its own micro-batches."""
     for name, value in dict(is_initialized=True, get_rank=0, get_world_size=2).items():
