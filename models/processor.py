@@ -1,41 +1,66 @@
 """A reward inside of transformers' generate."""
-import math
-
 import torch
+import torch.nn.functional as F
 
 import prt
+from models.gpt import GPT
 
 
 class RewardProcessor:
-    """A reward as a logits processor for transformers: input_ids [B, T], scores [B, V] -> log-probabilities.
+    """Maps input_ids [R, T] and scores [R, V] of transformers' generate to tilted log-probabilities [R, V].
 
-    model: the reward. beta: as in `tilt` (default: that of its training). pad: id of the padding on the left
-    of prompts. size: number of tokens in the tokenizer, if the output matrices have more rows.
+    model: the reward. beta: as in `tilt` (default: that of its training). attention_mask [B, T]: the
+    tokenizer's, of prompts that are padded on the left (default: no padding). With padding, a processor is
+    for the B prompts of its first call only, each in R / B rows, as in beam search. size: number of tokens in
+    the tokenizer, if the output matrices have more rows.
     """
 
-    def __init__(self, model, beta=None, pad=None, size=None):
-        self.trained_beta = getattr(model, "info", {}).get("beta", 1.0)
-        self.model, self.beta, self.pad, self.size = model, beta or self.trained_beta, pad, size
-        self.seen, self.cache = None, None
+    def __init__(self, model, beta=None, attention_mask=None, size=None):
+        own = dict(method="prt", kind="gpt" if isinstance(model, GPT) else "other")
+        info = getattr(model, "info", own)  # your own model has none, and prt.fit adds none
+        if (method := info.get("method", "base")) != "prt":
+            raise ValueError(f"a model of method {method}, not a reward: load one made with --method prt")
+        if info.get("kind", "gpt") != "gpt":
+            raise ValueError(f"a {type(model).__name__}, not a reward for text: load one with models.weights")
+        self.trained_beta = info.get("beta", 1.0)
+        self.model, self.mask, self.size = model, attention_mask, size
+        self.beta = self.trained_beta if beta is None else beta
+        if self.mask is not None and not (self.mask.equal(self.mask.sort(-1)[0]) and self.mask[:, -1].all()):
+            raise ValueError('a row of the attention mask is not zeros, then ones: set padding_side="left"')
+        self.prompts, self.seen, self.cache = None, None, None
 
     @torch.no_grad()
     def __call__(self, input_ids, scores):
-        B, T = input_ids.shape
-        pad = None if self.pad is None else (input_ids != self.pad).long().argmax(-1)  # [B]
-        start = self.shared_prefix(input_ids, pad)
+        R, T = input_ids.shape
+        if T == 0:
+            raise ValueError("no input_ids, as with inputs_embeds alone, but a reward reads them: pass both")
+        pad = None if self.mask is None or self.mask.all() else self.row_padding(input_ids)
+        start = self.shared_prefix(input_ids)
         if start == 0 or self.cache.length < T:
-            start, self.cache = 0, self.model.cache(B, min(2 * T + 64, self.model.arch["positions"]), pad)
+            start, self.cache = 0, self.model.cache(R, min(2 * T + 64, self.model.arch["positions"]), pad)
         self.cache.at, self.seen = start, None  # set again below, unless the model raises an error
         features = self.model.features(input_ids[:, start:], self.cache)[:, -1]
         r = prt.reward(self.model.head(features), beta=self.trained_beta)
         self.seen = input_ids.clone()
-        out = torch.full_like(scores, -math.inf, dtype=torch.float32)
-        out[:, :self.size] = prt.tilt(scores[:, :self.size], r[:, :self.size], self.beta)
-        return out
+        log_probs = prt.tilt(scores[:, :self.size], r[:, :self.size], self.beta)
+        return F.pad(log_probs, (0, scores.shape[1] - log_probs.shape[1]), value=-torch.inf)
 
-    def shared_prefix(self, ids, pad):
-        """Returns how many leading tokens of ids [B, T] are already in the cache, at most T - 1."""
-        if self.seen is None or len(self.seen) != len(ids) or not (pad is None or pad.equal(self.cache.pad)):
-            return 0
-        n = min(ids.shape[1] - 1, self.seen.shape[1])
-        return int((ids[:, :n] == self.seen[:, :n]).all(0).long().cumprod(0).sum())
+    def row_padding(self, ids):
+        """Returns how many positions of each row of ids [R, T] are padding, [R].
+
+        Raises ValueError if the rows do not begin with the prompts of the mask and of the first call.
+        """
+        # transformers puts the k rows of a prompt one after another.
+        k, rows = max(len(ids) // len(self.mask), 1), ids[:, :self.mask.shape[1]]
+        prompts = rows[::k].clone() if self.prompts is None else self.prompts
+        if prompts.shape != self.mask.shape or not rows.equal(prompts.repeat_interleave(k, 0)):
+            raise ValueError(f"input_ids {[*ids.shape]} do not begin with the prompts of the attention mask "
+                             f"{[*self.mask.shape]}, k rows each: make a new RewardProcessor for new prompts")
+        self.prompts = prompts
+        return (self.mask == 0).sum(-1).repeat_interleave(k)
+
+    def shared_prefix(self, ids):
+        """Returns how many leading tokens of ids [R, T] are already in the cache, at most T - 1."""
+        seen = ids[:, :0] if self.seen is None or len(self.seen) != len(ids) else self.seen
+        n = min(ids.shape[1] - 1, seen.shape[1])
+        return int((ids[:, :n] == seen[:, :n]).all(0).long().cumprod(0).sum())

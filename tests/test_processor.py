@@ -6,14 +6,18 @@ import pytest
 import torch
 from conftest import FIXTURES
 from helpers import error, load, random_ids
+from test_project import block, run
 
 import prt
+from models import weights
 from models.processor import RewardProcessor
 
 
 @pytest.fixture(scope="module")
 def models():
-    return SimpleNamespace(base=load("llama3"), reward=load("falcon3"))
+    models = SimpleNamespace(base=load("llama3"), reward=load("falcon3"))
+    models.reward.info["method"] = "prt"
+    return models
 
 
 @torch.no_grad()
@@ -32,27 +36,28 @@ IDS, OTHER = random_ids(3, 30), random_ids(3, 30, seed=1)
 CHANGED = torch.cat([IDS[:, :7], OTHER[:, 7:12]], 1)
 ONE_ROW = IDS[:, :9].clone()
 ONE_ROW[1, 4] = OTHER[1, 4]
-PADDED, PADDED_MORE = random_ids(3, 16), random_ids(3, 16)
-PADDED[1, :3], PADDED[2, :1], PADDED_MORE[1, :5], PADDED_MORE[2, :1] = 0, 0, 0, 0
-PADDED[0, 8] = 0  # not padding, since there is text to the left of it
+PADDED, PAD, MASK = random_ids(3, 16), [0, 3, 1], torch.tensor([[1] * 6, [0] * 3 + [1] * 3, [0] + [1] * 5])
+PADDED[1, :4], PADDED[2, :1], PADDED[0, 4] = 0, 0, 0  # two of these are text, not padding: where MASK has a 1
+PROMPTS = PADDED[:, :6]
 # The ids of one call after another, how many positions of each row are padding, and how many tokens are new.
 CALLS = [(IDS[:, :5], None, 5), (IDS[:, :6], None, 1), (IDS[:, :10], None, 4), (IDS[:, :10], None, 1),
          (CHANGED, None, 5), (IDS[:, :4], None, 1), (IDS[:, :9], None, 5), (ONE_ROW, None, 5),
          (IDS[[2, 0, 0], :10], None, 10), (IDS[:2, :8], None, 8), (OTHER[:, :8], None, 8),
          (OTHER[:1, :1], None, 1), (OTHER[:1, :2], None, 1)]
-PADDED_CALLS = [(PADDED[:, :6], [0, 3, 1], 6), (PADDED[:, :10], [0, 3, 1], 4), (PADDED[:, :8], [0, 3, 1], 1),
-                (PADDED_MORE[:, :9], [0, 5, 1], 9), (PADDED[:, :11], [0, 3, 1], 11)]
+PADDED_CALLS = [(PADDED[[0, 0, 1, 1, 2, 2], :8], [0, 0, 3, 3, 1, 1], 8), (PROMPTS, PAD, 6),
+                (PADDED[:, :10], PAD, 4), (PROMPTS, PAD, 1), (PADDED[:, :9], PAD, 3)]
 
 
-@pytest.mark.parametrize("calls, options", [(CALLS, dict(beta=0.4)), (PADDED_CALLS, dict(beta=1.0, pad=0))])
-def test_the_processor_computes_what_follows_the_longest_prefix_that_it_has_seen(models, calls, options):
+@pytest.mark.parametrize("calls, mask", [(CALLS, None), (CALLS, torch.ones(3, 5)), (PADDED_CALLS, MASK)])
+def test_the_processor_computes_what_follows_the_longest_prefix_that_it_has_seen(models, calls, mask):
     """Catches: It reads keys of a prefix that has changed, of another beam or batch, or of padding."""
     reward, counts = load("falcon3"), []
+    reward.info = models.reward.info
     features = reward.features
     reward.features = lambda ids, cache: counts.append(ids.shape[1]) or features(ids, cache)
-    processor = RewardProcessor(reward, **options)
+    processor = RewardProcessor(reward, 0.4, mask)
     for ids, pad, _ in calls:
-        check(processor, models.reward, ids, options["beta"], pad)
+        check(processor, models.reward, ids, 0.4, pad)
     assert counts == [new for *_, new in calls]
 
 
@@ -62,7 +67,7 @@ def test_the_reward_is_the_beta_of_its_training_times_the_logits(trained, beta, 
     model = load("falcon3")
     del model.info
     if trained:
-        model.info = dict(beta=trained)
+        model.info = dict(method="prt", beta=trained)
     check(RewardProcessor(model, beta), model, random_ids(2, 5), 1 / weight)
 
 
@@ -100,32 +105,67 @@ def test_the_processor_is_right_after_an_error(models, monkeypatch, tokens):
     check(processor, models.reward, ids)
 
 
+@pytest.mark.parametrize("refused", [PROMPTS[:2], PROMPTS[[0, 0, 1, 1]], IDS[:, :5], PROMPTS.repeat(2, 1)])
+def test_other_prompts_than_those_of_the_mask_are_refused(models, refused):
+    """Catches: They get the padding of the first prompts, or a row that of another; or the error remains."""
+    processor = RewardProcessor(models.reward, attention_mask=MASK)
+    for ids in (refused, OTHER[:, :8]):
+        with pytest.raises(ValueError, match=rf"\[{len(ids)}, {ids.shape[1]}\] .*\[3, 6\].* new RewardP"):
+            processor(ids, torch.zeros(len(ids), 512))
+        check(processor, models.reward, PROMPTS, pad=PAD)
+
+
+@pytest.mark.parametrize("method, row, message", [
+    ("base", [0, 1, 1], "method base, .* --method prt"), ("ft", [0, 1, 1], "method ft, .* --method prt"),
+    *[("prt", row, "zeros, then ones: .*left") for row in ([1, 1, 0], [1, 0, 1], [0, 0, 0])],
+    ("prt", [0, 1, 1], "no input_ids, as with inputs_embeds")])
+def test_what_no_reward_can_read_and_what_is_no_reward_are_refused(method, row, message):
+    """Catches: A base is added as a reward, zeros anywhere are padding, or no ids fail deep in the reward."""
+    model = SimpleNamespace(info={} if method == "base" else dict(method=method))
+    with pytest.raises(ValueError, match=message):
+        RewardProcessor(model, attention_mask=torch.tensor([[0, 1, 1], row]))(PROMPTS[:2, :0], None)
+
+
 @pytest.fixture(scope="module")
 def their_generate():
-    """The base in transformers: a function that generates greedily with a processor."""
+    """The method `generate` of the base in transformers, where the padding is also the end token."""
     transformers = pytest.importorskip("transformers")
     model = transformers.LlamaForCausalLM.from_pretrained(FIXTURES / "llama3").eval()
-    return lambda ids, *processors, **options: model.generate(
-        ids, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0,
-        attention_mask=(ids != 0).long(), logits_processor=[*processors], **options)
+    model.generation_config.update(max_new_tokens=20, eos_token_id=0, pad_token_id=0)
+    return model.generate
 
 
-@pytest.mark.parametrize("beta, pad", [(None, [0, 0]), (1.0, [0, 0]), (0.5, [0, 0]), (1.0, [0, 3])])
-def test_in_transformers_a_reward_writes_the_same_text(their_generate, models, beta, pad):
-    ids, rewards = random_ids(2, 8), [(1 / beta, models.reward)] if beta else []
-    ids[1, :pad[1]] = 0
-    want = prt.generate(models.base, rewards, ids, length=20, pad=torch.tensor(pad))
-    processors = [RewardProcessor(models.reward, beta, pad=0)] if beta else []
-    assert torch.equal(their_generate(ids, *processors), want)
+@pytest.mark.parametrize("beta", [None, 1.0, 0.5])
+def test_in_transformers_a_reward_writes_the_same_text(their_generate, models, beta):
+    rewards = [(1 / beta, models.reward)] if beta else []
+    want = prt.generate(models.base, rewards, PROMPTS, length=20, pad=torch.tensor(PAD))
+    processors = [RewardProcessor(models.reward, beta, MASK)] if beta else []
+    assert their_generate(PROMPTS, attention_mask=MASK, logits_processor=processors).equal(want)
 
 
-def test_in_transformers_beams_keep_their_own_keys(their_generate, models):
-    """Catches: Beam search permutes the rows in every step, and one beam reads another's keys."""
+@pytest.mark.parametrize("options", [{}, dict(num_beams=4), dict(num_beams=4, num_return_sequences=2),
+                                     dict(do_sample=True, top_k=1, num_return_sequences=2)])
+def test_in_transformers_each_row_is_the_same_as_alone(their_generate, models, options):
+    """Catches: A beam, whose row changes in every step, reads another's keys, or has another's padding."""
     @torch.no_grad()
     def without_cache(ids, scores):
         return prt.tilt(scores, models.reward(ids)[:, -1])
 
-    ids = random_ids(2, 8)
-    want = their_generate(ids, without_cache, num_beams=4)
-    assert torch.equal(their_generate(ids, RewardProcessor(models.reward), num_beams=4), want)
-    assert not torch.equal(want, their_generate(ids, num_beams=4))
+    processor = RewardProcessor(models.reward, attention_mask=MASK)
+    for _ in range(2):
+        found = their_generate(PROMPTS, attention_mask=MASK, logits_processor=[processor], **options)
+        for n, row, rows in zip(PAD, PROMPTS, found.unflatten(0, (3, -1))):
+            alone = dict(input_ids=row[None, n:], attention_mask=MASK[:1, n:])
+            assert rows[:, n:].equal(their_generate(**alone, logits_processor=[without_cache], **options))
+            assert not rows[:, n:].equal(their_generate(**alone, **options))
+
+
+@block("RewardProcessor")
+def test_in_transformers_the_readme_is_right_for_padded_prompts(their_generate, models, code, monkeypatch):
+    """Catches: The snippet does not run, or leaves the reward without the padding."""
+    monkeypatch.setattr(weights, "load", lambda name, dtype: models.reward)
+    inputs, found = dict(input_ids=PROMPTS, attention_mask=MASK), []
+    model = SimpleNamespace(generate=lambda **options: found.append(their_generate(**options)))
+    run(code.replace('"cuda"', '"cpu"'), model=model, inputs=inputs)
+    want = prt.generate(models.base, [(1.0, models.reward)], PROMPTS, length=20, pad=torch.tensor(PAD))
+    assert found[0].equal(want)
