@@ -12,7 +12,6 @@ With --speculative the rewards draft together with their source, or the first re
 found. In the row of EFT, the model in --tuned-source drafts.
 """
 import json
-import math
 import os
 import statistics
 import time
@@ -27,10 +26,16 @@ from data import files
 from models import flags, runs, scores, weights
 
 BETAS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # that --beta auto chooses from
-COLUMNS = dict(top1=("top-1", "{:.2%}"), form=("parsed", "{:.1%}"), exact=("exact", "{:.1%}"),
-               error=("std. err.", "{:.1%}"), nll=("NLL", "{:.3f}"), accuracy=("token acc", "{:.1%}"),
-               kl=("KL", "{:.3f}"), ms=("ms/image", "{:.3f}"), speed=("tokens/s", "{:.0f}"),
-               mib=("MiB", "{:.1f}"), bytes=("bytes", "{:,}"))
+# Column of the table and key of --json (data/README.md says what they are) -> format of its values.
+COLUMNS = dict(top1="{:.2%}", form="{:.1%}", exact="{:.1%}", error="{:.1%}", nll="{:.3f}", accuracy="{:.1%}",
+               kl="{:.3f}", ms="{:.3f}", speed="{:.0f}", mib="{:.1f}", bytes="{:,}")
+# What is asked for -> the flags that have an effect on it, beside those of the models.
+DECODING = {"batch", "limit", "seed", "speculative", "compile"}
+ANSWERS = DECODING | {"new_tokens", "temperature", "top_p"}
+ACTS = dict(images={"data", "batch", "json", "picture"}, text=ANSWERS | {"data", "json"},
+            prompt=ANSWERS - {"batch", "limit"} | {"prompt"},
+            tasks=DECODING | {"tasks", "apply_chat_template", "json"})
+DEFAULTS = dict(batch=128, temperature=0.0, top_p=1.0, seed=0)
 
 
 def parse(argv=None):
@@ -51,55 +56,80 @@ def parse(argv=None):
     table.add_argument("--apply-chat-template", action="store_true", help="put the prompts of --tasks into "
                        "the template of the reward's training data, as --prompt is")
     table.add_argument("--limit", type=flags.positive(int), help="text: only so many examples (of each task)")
-    table.add_argument("--batch", type=flags.positive(int), default=128, help="batch size (default: 128)")
+    table.add_argument("--batch", type=flags.positive(int), help="batch size (default: 128)")
     table.add_argument("--json", help="write the table to this file")
     table.add_argument("--picture", help="images: .png of both answers (default with --run: RUN/picture.png)")
     table.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     answers.add_argument("--prompt", help="prompt to answer without and with the reward, instead of a table")
     answers.add_argument("--new-tokens", type=flags.positive(int), help="per answer, at most (default: 256)")
-    answers.add_argument("--temperature", type=float, default=0.0, help="0: no sampling (default: 0)")
-    answers.add_argument("--top-p", type=flags.positive(float), default=1.0,
+    answers.add_argument("--temperature", type=flags.number(float, lambda x: x == 0 or 1e-6 <= x <= 1e6,
+                         "0, or from 1e-6 to 1e6"), help="0: no sampling (default: 0)")
+    answers.add_argument("--top-p", type=flags.number(float, lambda x: 0 < x <= 1, "above 0 and at most 1"),
                          help="sample from the fewest tokens with this probability in total (default: 1)")
-    answers.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    answers.add_argument("--seed", type=flags.from_0(int), help="random seed (default: 0)")
     answers.add_argument("--speculative", action="store_true",
                          help="faster: small models draft tokens, and the base checks several in one pass")
     answers.add_argument("--compile", action="store_true", help="torch.compile, with CUDA graphs on CUDA")
-    args = p.parse_args(argv)
+    args = flags.parsed(p, argv)
     if args.run:
         use_run(args)
     if not (args.reward and args.base):
         p.error(f"needs --reward and --base, or reward.pt and new.pt in the folder --run ({args.run})")
-    if not args.temperature >= 0:
-        p.error(f"argument --temperature: {args.temperature} is below 0")
+    for flag, suffix in dict(json=".json", picture=".png").items():  # no other file is overwritten
+        name = getattr(args, flag) or suffix
+        folder = next((x for x in Path(name).absolute().parents if x.exists()), Path("."))
+        if not name.endswith(suffix) or Path(name).is_dir() or not os.access(folder, os.W_OK):
+            p.error(f"--{flag} {name}: must be the name of a file that can be written, and end in {suffix}")
+    if args.top_p and not args.temperature:
+        p.error("--top-p has no effect without a --temperature above 0")
     return args
 
 
 def beta(text):
-    return text if text == "auto" else flags.positive(float)(text)
+    return text if text == "auto" else flags.BETA(text)
 
 
 def use_run(args):
-    """Sets model flags that are not given to the files in --run that exist, and --picture to a file there."""
+    """Sets model flags that are not given to the files in --run that exist."""
     names = dict(reward="reward", base="new", source="old")
     for flag in ("reward", "base", "source", "tuned_source", "tuned_base"):
         name = names.get(flag, flag)
         path = Path(args.run) / f"{name}.pt"
         if getattr(args, flag) is None and path.exists():
             setattr(args, flag, [str(path)] if flag == "reward" else str(path))
-    args.picture = args.picture or str(Path(args.run) / "picture.png")
 
 
 def main():
     """Loads the models and prints what was asked for."""
     args = parse()
     device = runs.setup(args.device)
-    models = load_models(args, device)
-    if models.rewards[0].info["kind"] == "gpt":
+    with files.lock_cache():
+        models = load_models(args, device)
+    is_text = models.rewards[0].info["kind"] == "gpt"
+    check_flags(args, is_text)
+    args = flags.filled(DEFAULTS, args)
+    if "auto" in (args.beta or []):
+        held_out_share(args, models)  # raises an error before anything is computed
+    if is_text:
         text_answers(args, device, models)
-    elif args.tasks or args.prompt:
-        raise ValueError(f"--tasks and --prompt are for text, but {args.reward[0]} is a reward for images")
     else:
         image_table(args, device, models)
+
+
+def check_flags(args, is_text):
+    """Raises ValueError if a flag that is given has no effect, or would overwrite a part of what is read."""
+    asked = "prompt" if args.prompt is not None else "tasks" if args.tasks else "text"
+    asked = asked if is_text else "images"
+    given = {flag for flag, x in vars(args).items() if x is not None and x is not False}
+    given -= {"batch", "limit"} if asked == "prompt" and "auto" in (args.beta or []) else set()
+    if idle := sorted(given & set().union(*ACTS.values()) - ACTS[asked]):
+        what = dict(images=f"images ({args.reward[0]})", text="a table of text").get(asked, f"--{asked}")
+        raise ValueError(f"--{idle[0].replace('_', '-')} has no effect on {what}: leave it out")
+    inputs = [*args.reward, args.base, args.source, args.tuned_source, args.tuned_base, args.data]
+    for output in filter(None, (args.json, args.picture)):
+        for path in filter(None, inputs):
+            if Path(output).resolve().is_relative_to(Path(path).resolve()):
+                raise ValueError(f"{output} would overwrite a part of {path}: choose another name")
 
 
 # Models and rows
@@ -137,10 +167,10 @@ def load_models(args, device):
             raise
         print(f"the rows of the source are left out; --source names it: {error}")
         source = None
-    tuned = (args.tuned_source, tuned_source, name), (args.tuned_base, tuned_base, args.base)
-    for path, model, start in tuned:
-        if model and Path(model.info["source"]).resolve() != Path(start).resolve():
-            print(f"note: {path} was tuned from {model.info['source']}, but the table uses it with {start}")
+    tuned = (args.tuned_source, tuned_source, name, source), (args.tuned_base, tuned_base, args.base, base)
+    for path, model, start, weights_now in tuned:
+        if model and weights_now and model.info.get("source_sha256") != weights.fingerprint(weights_now):
+            print(f"note: {path} was tuned from {model.info['source']}; {start} has other weights")
     models = Models([rewards[path] for path in args.reward], base, source, tuned_source, tuned_base)
     for model in models.given():
         model.to(device)
@@ -211,18 +241,23 @@ def tilted(method, base, terms, beta, source=None):
     return Row(method, shown, base, rewards, base, source and (source, rewards))
 
 
-def held_out_share(args, models):
+def held_out_share(args, models, examples=None):
     """Returns the share of the training split that was held out of training, for --beta auto to choose on.
 
-    Raises ValueError unless the same share of the same data was held out for all rewards and --tuned-source.
+    examples: model -> fingerprint of the training split as it is now, or None. Raises ValueError unless the
+    same share of the same data was held out for all rewards and --tuned-source, and these are the data.
     """
     trained = [model for model in (*models.rewards, models.tuned_source) if model]
-    splits = [(x.info["data"], x.info.get("args", {}).get("hold_out", 0.0)) for x in trained]
-    for path, (data, share) in zip((*args.reward, args.tuned_source), splits):
-        if (data, share) != splits[0] or not share:
-            raise ValueError(f"--beta auto: {path} was trained with --data {data} --hold-out {share:g}; all "
-                             "rewards and --tuned-source must have the same data, and the same --hold-out "
-                             "above 0")
+    splits = [(x.info["data"], *(x.info.get("args", {}).get(k) for k in ("hold_out", "length", "drop")))
+              for x in trained]
+    for path, model, split in zip((*args.reward, args.tuned_source), trained, splits):
+        if split != splits[0] or not split[1]:
+            raise ValueError(f"--beta auto: {path} was trained with --data {split[0]} --hold-out "
+                             f"{split[1] or 0:g}; all rewards and --tuned-source need the same data, the same"
+                             " --hold-out above 0, and for text the same --length and --drop")
+        if examples and model.info.get("examples") != examples[model]:
+            raise ValueError(f"--beta auto: {path} was trained on other examples than are now in {split[0]}, "
+                             "so that it is unknown which were held out")
     return splits[0][1]
 
 
@@ -269,7 +304,8 @@ def image_table(args, device, models):
     if "auto" in (args.beta or []):
         train = load_images(images, info["data"], "train", used)
         labels = train[used[0]].labels
-        held_out = runs.hold_out(len(labels), held_out_share(args, models))[1]
+        share = held_out_share(args, models, {model: split.examples for model, split in train.items()})
+        held_out = runs.hold_out(len(labels), share)[1]
         held_out_logits = {model: scores.predict(model, train[model].images[held_out], args.batch).cpu()
                            for model in used}
 
@@ -295,17 +331,18 @@ def image_table(args, device, models):
     distance = None if source is None else prt.kl(source.log_softmax(-1), base).mean().item()
     about = dict(data=name, images=len(data.labels), kl_of_bases=distance) | how_chosen(args, models, "top-1")
     print_table(args, device, results, about)
-    if args.picture:
+    if picture := args.picture or (args.run and str(Path(args.run) / "picture.png")):
         from models.picture import draw_picture
-        with files.atomic(args.picture) as f:
+        with files.atomic(picture) as f:
             draw_picture(data, answers[0], answers[1]).save(f, "PNG")
-        print(f"{args.picture}: the upper answer is of the base alone, the lower of {results[1]['method']}")
+        print(f"{picture}: the upper answer is of the base alone, the lower of {results[1]['method']}")
 
 
 def load_images(images, name, split, models):
     """Returns model -> the split at the model's own resolution."""
     sizes = dict.fromkeys(model.arch["image_size"] for model in models)
-    data = {size: images.load(name, split, size) for size in sizes}
+    with files.lock_cache():
+        data = {size: images.load(name, split, size) for size in sizes}
     return {model: data[model.arch["image_size"]] for model in models}
 
 
@@ -321,24 +358,34 @@ def text_answers(args, device, models):
     pairs = zip(names, (*models.rewards, *models[1:]))
     named = {name or info["source"]: model for name, model in pairs if model}
     tokenizer, room = same_vocabulary(named), min(model.arch["positions"] for model in models.given())
+    if end is None:
+        raise ValueError(f"{args.reward[0]}: has no end token, so that no answer would end")
+    if models.base.arch["end"] != end:
+        print(f"answers end at id {end}, as in the reward's training, not at {args.base}'s own end token")
     for model in models.given():  # also those of a path that is given twice
         model.size = models.base.size
     how = answers.Decoding(args.batch, args.new_tokens, args.temperature, args.top_p, args.seed,
                            args.speculative, args.compile)
     held_out = []
     if "auto" in (args.beta or []):
-        trained, share = info["args"], held_out_share(args, models)
-        _, examples = text.load(info["data"], "train")
-        train = text.encode(examples, tokenizer, end, trained["length"], trained["drop"])
+        trained, examples = info["args"], text.load(info["data"], "train")[1]
+        share = held_out_share(args, models, dict.fromkeys(models.given(), text.fingerprint(examples)))
+        train = text.encode(examples, tokenizer, end, trained.get("length", 1024), trained.get("drop"))
         held_out = answers.batches(train, runs.hold_out(len(train.ids), share)[1][:args.limit], args.batch)
     rows = plan(args, models, lambda row: -scores.score_texts(row.base, row.rewards, held_out)["nll"])
-    if args.prompt:
-        prompt = tokenizer.begin + tokenizer.encode(info["template"].replace("{}", args.prompt))
+    if args.prompt is not None:
+        text.report_special([[(args.prompt, False)]], tokenizer)
+        with files.explain("--prompt", ValueError):
+            prompt = tokenizer.begin + tokenizer.encode(info["template"].replace("{}", args.prompt))
         if not prompt:
             raise ValueError("--prompt: an empty prompt cannot be continued")
-        for row in rows[:2]:
+        # Without the rows of the source and of tuned models, which --run sets unasked.
+        others = [row.method for row in rows].index("source alone") if models.source else len(rows)
+        tilted_rows = [row for row in rows[:others] if row.rewards]
+        for row in [rows[0], *tilted_rows]:
             answer = answers.generate(row, [prompt], how, end, room)[0]
-            print(f"{row.method}:{answers.colored(rows[1], prompt, answer, tokenizer)}\n")
+            shown = f"{row.method}, beta {row.beta:g}" if len(tilted_rows) > 1 and row.beta else row.method
+            print(f"{shown}:{answers.colored(row if row.rewards else rows[1], prompt, answer, tokenizer)}\n")
     elif args.tasks:
         task_tables(args, device, models, rows, how, tokenizer, end, room)
     else:
@@ -356,6 +403,8 @@ def text_table(args, device, models, rows, how, tokenizer, end, room):
     if not all(prompts):
         raise ValueError(f"{name}: contains an empty prompt, which cannot be continued")
     truth = [answers.final_number(parts[-1][0]) for _, parts in examples]
+    if 0 < (numbers := len(truth) - truth.count(None)) < len(truth):
+        print(f"{numbers} of {len(truth)} reference answers have a number (####): only these count in exact")
     data = text.encode(examples, tokenizer, end, room)
     batches = answers.batches(data, torch.arange(len(data.ids)), args.batch)
     results, sizes = [], file_bytes(args, models)
@@ -364,11 +413,8 @@ def text_table(args, device, models, rows, how, tokenizer, end, room):
         # With --compile, all of it runs twice: every batch size and length is compiled before it is measured.
         seconds, mib, written = measure(
             run, lambda row=row: answers.generate(row, prompts, how, end, room), device, int(args.compile))
-        numbers = [answers.final_number(tokenizer.decode(answer, first=False)) for answer in written]
-        exact = statistics.mean(x is not None and x == y for x, y in zip(numbers, truth))
         results.append(dict(method=row.method, beta=row.beta,
-                            form=statistics.mean(x is not None for x in numbers), exact=exact,
-                            error=math.sqrt(exact * (1 - exact) / len(written)),
+                            **answers.exact_match(truth, written, tokenizer),
                             **scores.score_texts(row.base, row.rewards, batches, kl_base=row.kl_base),
                             speed=sum(len(answer) + 1 for answer in written) / seconds, mib=mib,
                             bytes=sum(sizes.get(model, 0) for model in run) if sizes else None))
@@ -436,13 +482,13 @@ def print_table(args, device, results, about, tables=None):
 def print_rows(title, results):
     """Prints a header and a line for each of the results; keys that are not in COLUMNS are lm_eval's."""
     width = max(len(title), *(len(result["method"]) for result in results))
-    columns = {k: COLUMNS.get(k, ("std. err." if "_stderr," in k else k.removesuffix(",none"), "{:.4f}"))
-               for k, x in results[0].items() if k not in ("method", "beta") and x is not None}
-    widths = {k: max(10, len(name) + 2) for k, (name, _) in columns.items()}
-    print(f"{title:{width}}  {'beta':>5}" + "".join(f"{columns[k][0]:>{n}}" for k, n in widths.items()))
+    columns = {k: COLUMNS.get(k, "{:.4f}") for k, x in results[0].items()
+               if k not in ("method", "beta") and x is not None}
+    widths = {k: max(10, len(k) + 2) for k in columns}
+    print(f"{title:{width}}  {'beta':>5}" + "".join(f"{k:>{n}}" for k, n in widths.items()))
     for result in results:
         beta = "" if result["beta"] is None else f"{result['beta']:g}"
-        cells = "".join(f"{columns[k][1].format(result[k]):>{n}}" for k, n in widths.items())
+        cells = "".join(f"{columns[k].format(result[k]):>{n}}" for k, n in widths.items())
         print(f"{result['method']:{width}}  {beta:>5}{cells}")
 
 

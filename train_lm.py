@@ -46,7 +46,7 @@ def parse(argv=None):
     machine.add_argument("--recompute", action="store_true", help="less memory by activation checkpointing")
     machine.add_argument("--chunk", type=flags.positive(int),
                          help="compute logits for this many targets at a time (default: 512 on a CPU)")
-    return flags.resolve(p, p.parse_args(argv), RECIPES)
+    return flags.resolve(p, flags.parsed(p, argv), RECIPES, no_pretraining=["drop"])
 
 
 def main():
@@ -57,14 +57,19 @@ def main():
         from models import examples  # optional files are imported where they are needed
         examples.run(examples.TEXT, args, device, parse, train)
     else:
-        train(args, device)
+        with weights.run(args) as state:
+            train(args, device, state)
 
 
-def train(args, device):
-    """Trains a reward, a fine-tuned model, or a base, and prints its scores on the test split."""
-    state = weights.to_resume(args)
+def train(args, device, state):
+    """Trains a reward, a fine-tuned model, or a base, and prints its scores on the test split.
+
+    state: the checkpoint to continue from, or None.
+    """
     torch.manual_seed(args.seed)
     template, examples = text.load(args.data, "train")
+    fingerprint = text.fingerprint(examples)
+    weights.check_same(args, state, dict(examples=fingerprint))
     if args.method == "pretrain":
         from models import pretrain
         model, tokenizer, end, data = pretrain.gpt(args, examples)
@@ -72,43 +77,50 @@ def train(args, device):
     else:
         model, source, tokenizer, end = load_models(args, runs.frozen_dtype(device))
         data = text.encode(examples, tokenizer, end, args.length, args.drop)
-        info = dict(method=args.method, beta=args.beta, source=args.source)
+        info = dict(method=args.method, beta=args.beta, source=args.source,
+                    source_sha256=weights.fingerprint(source))
     room = min(network.arch["positions"] for network in (model, source) if network)
     lengths = [len(ids) for ids in data.ids]
     if max(lengths) - 1 > room:
         raise ValueError(f"an example has {max(lengths) - 1} tokens, but the model has only {room} "
                          "positions: lower --length")
+    test = None
+    with contextlib.suppress(FileNotFoundError):  # there may be no test split
+        test = text.encode(text.load(args.data, "test")[1], tokenizer, end, room)
     used = len(runs.hold_out(len(lengths), args.hold_out)[0])
     steps = args.steps or math.ceil(args.epochs * used / args.batch)
     indices = runs.batches(len(lengths), args.hold_out, args.batch, args.seed)
     indices = text.group_by_length(indices, lengths, args.batch, steps, args.seed)
-    print(f"{used} of {len(lengths)} examples, {steps} steps")
+    few = ": few; raise --epochs, or lower --batch" if steps < 50 and not args.steps else ""
+    print(f"{used} of {len(lengths)} examples, {steps} steps{few}")
+    flags.check_warmup(args, steps)
 
     def fetch(i, generator):
         return *runs.to_device(text.collate(data, i), device), None
 
     # The reward model, which starts as a copy of the source, and Algorithm 1.
-    info |= dict(kind="gpt", arch=model.arch, tokenizer=tokenizer.text, template=template, data=args.data)
+    info |= dict(kind="gpt", arch=model.arch, tokenizer=tokenizer.text, template=template, data=args.data,
+                 examples=fingerprint)
     model.recompute = args.recompute
     model, source = model.to(device), source and source.to(device)
     if args.ticket or args.reward_init == "random":
         from models import tickets
         tickets.start(args, model, info, state)
+    weights.check_same(args, state, info)
     runs.shard(device, model, source)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    start = weights.restore(model, optimizer, state)
+    start = weights.restore(args, model, optimizer, state, steps)
     chunk = args.chunk or chunk_size(model.arch["vocab"], device)
     history = prt.fit(
-        model, indices, fetch, base=source, method=args.method, beta=args.beta, alpha=args.alpha,
-        optimizer=optimizer, steps=steps, decay="linear",
+        model, indices, fetch, base=source, method=args.method if source else "prt", beta=args.beta,
+        alpha=args.alpha, optimizer=optimizer, steps=steps, decay="linear",
         warmup=round(0.03 * steps) if args.warmup is None else args.warmup, accum=args.accum,
         seed=args.seed, head=GPT.head, chunk=chunk, compile=args.compile, start=start, stop=runs.stopping,
         name=Path(args.out).stem,
         save=lambda step: weights.save(args, info, model, optimizer, step, steps))
     runs.after_training(args.out, history[-1]["step"], steps)
 
-    with contextlib.suppress(FileNotFoundError):  # there may be no test split
-        test = text.encode(text.load(args.data, "test")[1], tokenizer, end, room)
+    if test:
         batches = [text.collate(test, i) for i in torch.arange(len(test.ids)).split(32)]
         rows = {args.out: (model, [])}
         if source:  # the reward of fine-tuning is model - source, so that the sum is the model
@@ -122,7 +134,7 @@ def train(args, device):
 def load_models(args, dtype):
     """Returns the model to train, the frozen source, their tokenizer, and the end token's id."""
     begin = args.source if args.reward_init in (None, "random") else args.reward_init
-    with files.lock():
+    with files.lock_cache():
         source = weights.load(args.source, "base", text=True, dtype=dtype).requires_grad_(False)
         model = weights.load(begin, text=True)
     tokenizer = same_vocabulary({f"--source {args.source}": source, f"reward of {begin}": model})

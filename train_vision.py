@@ -37,7 +37,7 @@ def parse(argv=None):
                      help="size of the CLIP to pretrain (default: small)")
     run.add_argument("--reward-init", choices=["random"], help="random weights (default: those of --source)")
     recipe.add_argument("--augment", action="store_true", help="random crops and flips")
-    return flags.resolve(p, p.parse_args(argv), RECIPES)
+    return flags.resolve(p, flags.parsed(p, argv), RECIPES, no_pretraining=["source"])
 
 
 def main():
@@ -48,24 +48,30 @@ def main():
         from models import examples  # optional files are imported where they are needed
         examples.run(examples.VISION, args, device, parse, train)
     else:
-        train(args, device)
+        with weights.run(args) as state:
+            train(args, device, state)
 
 
-def train(args, device):
-    """Trains a reward, a fine-tuned model, or a base, and prints its accuracy on the test split."""
-    state = weights.to_resume(args)
+def train(args, device, state):
+    """Trains a reward, a fine-tuned model, or a base, and prints its accuracy on the test split.
+
+    state: the checkpoint to continue from, or None.
+    """
     torch.manual_seed(args.seed)
     if args.method == "pretrain":
         from models import pretrain
         return pretrain.clip(args, device, state)
 
     # The source, as a zero-shot classifier, and the data.
-    with files.lock():
+    with files.lock_cache():
         clip = weights.load(args.source, "base", text=False).to(device)
         data, test = (images.load(args.data, split, clip.arch["image_size"]) for split in ("train", "test"))
-    if state and state["classes"] != data.classes:
-        raise ValueError(f"--resume: {args.out} was started with classes other than those of {args.data}")
     model = classifier(clip, images.prompts(data.classes, data.templates))
+    info = dict(kind="classifier", arch=model.arch, classes=data.classes, templates=data.templates,
+                examples=data.examples, data=args.data, method=args.method, beta=args.beta,
+                source=args.source, source_sha256=weights.fingerprint(model))
+    weights.check_same(args, state, info)
+    indices = runs.batches(len(data.labels), args.hold_out, args.batch, args.seed)
     del clip  # and its text tower
     test_logits = scores.predict(model, test.images)
     pixels, labels = runs.move_if_it_fits(data.images, device), data.labels.to(device)
@@ -81,17 +87,15 @@ def train(args, device):
         return (x,), y, runs.take(source_logits, i, device)
 
     # The reward model, which starts as a copy of the source, and Algorithm 1.
-    info = dict(kind="classifier", arch=model.arch, classes=data.classes, templates=data.templates,
-                data=args.data, method=args.method, beta=args.beta, source=args.source)
     if args.ticket or args.reward_init:
         from models import tickets
         tickets.start(args, model, info, state)
     runs.shard(device, model, source)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    start = weights.restore(model, optimizer, state)
+    start = weights.restore(args, model, optimizer, state, args.steps)
     history = prt.fit(
-        model, runs.batches(len(labels), args.hold_out, args.batch, args.seed), fetch, base=source,
-        method=args.method, beta=args.beta, alpha=args.alpha, optimizer=optimizer, steps=args.steps,
+        model, indices, fetch, base=source, method=args.method, beta=args.beta, alpha=args.alpha,
+        optimizer=optimizer, steps=args.steps,
         warmup=args.steps // 4 if args.warmup is None else args.warmup, accum=args.accum, seed=args.seed,
         compile=args.compile, start=start, stop=runs.stopping, name=Path(args.out).stem,
         save=lambda step: weights.save(args, info, model, optimizer, step, args.steps))

@@ -1,24 +1,62 @@
-"""Reading and writing files: atomic writes, locks, torch files, safetensors, and JSON.
+"""Reading and writing files: opening, atomic writes, locks, torch files, safetensors, JSON, and gzip.
 
-Files from outside are data, not code: unpickling is limited to tensors and plain values.
+Files from outside are data, not code, and are read whole or refused. `open_file` opens all of them.
 """
+import codecs
 import contextlib
 import fcntl
+import gzip
+import io
 import json
 import math
 import mmap
 import os
+import pickletools
 import re
+import stat
+import sys
 import zipfile
 from pathlib import Path
 
 import torch
 
-CACHE = Path(os.environ.get("PRT_CACHE", "~/.cache/prt")).expanduser()  # downloads and resized images
+CACHE = Path(os.environ.get("PRT_CACHE") or "~/.cache/prt").expanduser()  # downloads and resized images
 # What reading a damaged or foreign file can raise.
 DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
               I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
+# All that the pickle in a file of torch.save may call: what makes dense tensors, and a dict.
+CALLS = re.compile(r"torch (Double|Float|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage|"
+                   r"torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict")
+
+
+def open_file(path):
+    """Opens a regular file to read bytes. Raises ValueError for a folder, a pipe, or a device."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nobody writes to does not block
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path}: a folder, a pipe, or a device; a file is needed")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path):
+    with open_file(path) as f:
+        return f.read()
+
+
+def read_text(path):
+    """Returns the text of a UTF-8 file. Raises ValueError that names the file."""
+    with explain(path, UnicodeDecodeError):
+        return read_bytes(path).decode("utf-8-sig")
+
+
+def gunzip(data, ratio):
+    """Returns the content of gzip's bytes. Raises ValueError if that is suspiciously large."""
+    limit = 2**24 + ratio * len(data)
+    content = gzip.GzipFile(fileobj=io.BytesIO(data)).read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it expands to more than {limit:,} bytes")
+    return content
 
 
 @contextlib.contextmanager
@@ -26,13 +64,46 @@ def atomic(path):
     """Opens a binary file that replaces `path` if the with block succeeds; otherwise `path` is unchanged."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w+b") as f:
-            yield f
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    part = path.with_name(f"{path.name}.part")  # the same in the next run, if this one is killed
+    with lock(part, wait=False):
+        try:
+            with open(part, "w+b") as f:
+                yield f
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def lock(path, wait=True):
+    """Runs the with block in one process at a time of those that lock this file, which is made if needed.
+
+    wait: if False, raises BlockingIOError if another process has locked it.
+    """
+    # To read, since another user may own it. O_NONBLOCK: no pipe of this name blocks.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    with os.fdopen(descriptor):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+        except BlockingIOError:
+            if not wait:
+                raise BlockingIOError(f"{path}: another process, or run, is writing this file") from None
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # one line for all processes of torchrun
+                sys.stderr.write(f"waiting for another process, which has locked {path}\n")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def lock_cache():
+    """Returns a context: one process runs the with block at a time, so that the first one fills the cache."""
+    with contextlib.suppress(OSError):
+        CACHE.mkdir(parents=True, exist_ok=True)
+    file = CACHE / "lock"  # it may be another user's; without write access, there is nothing to lock
+    usable = os.access(CACHE, os.W_OK) and (not file.exists() or os.access(file, os.R_OK))
+    return lock(file) if usable else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -49,15 +120,6 @@ def first_line(error):
     return re.split(r"\. (?=[A-Z])", (str(error).strip() or type(error).__name__).splitlines()[0])[0]
 
 
-@contextlib.contextmanager
-def lock():
-    """Runs the with block in one process of this machine at a time, so that the first fills the cache."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / "lock", "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)  # until f is closed
-        yield
-
-
 def save(path, tensors):
     """Writes a dict of tensors and plain values atomically. Raises OSError that names the file."""
     try:
@@ -70,22 +132,60 @@ def save(path, tensors):
 
 
 def read(path, lazy=False):
-    """Returns the dict in a .safetensors file or a file of torch.save, read with weights_only=True.
+    """Returns the dict of a .safetensors file, or of a file of torch.save, of which nothing is run.
 
-    lazy: a file of torch.save is read on first use of its tensors. Raises ValueError if the file is damaged.
+    lazy: the tensors of a file of torch.save stay on the disk until they are used. Raises ValueError if the
+    file is damaged.
     """
     # torch has no common class for what a damaged file can raise.
-    with open(path, "rb") as f, explain(f"{path}: damaged, truncated, or not a checkpoint", Exception):
+    with open_file(path) as f, explain(f"{path}: damaged, truncated, or not a checkpoint", Exception):
         if Path(path).suffix == ".safetensors":
             return read_safetensors(f)
-        names = zipfile.ZipFile(f).namelist() if zipfile.is_zipfile(f) else []
+        if f.read(2) == b"\x1f\x8b":  # gzip: a ticket
+            f.seek(0)
+            return read_archive(io.BytesIO(gunzip(f.read(), ratio=200)))  # 200: masks of 1 in 3,000 ones
+        return read_archive(f, lazy)
+
+
+def read_archive(f, lazy=False):
+    """Returns the dict of a file of torch.save, whose checksums, sizes, and function calls are checked."""
+    with zipfile.ZipFile(f) as archive:
+        parts = archive.infolist()
+        names = [part.filename for part in parts]
         if any(name.endswith("/constants.pkl") for name in names):
             raise ValueError("a TorchScript archive, which would run its own code; take the same weights in "
                              "OpenCLIP's layout, such as timm/vit_base_patch16_clip_224.openai")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
-        if not isinstance(content, dict):
-            raise TypeError(f"it holds a {type(content).__name__}, not a dict")
-        return content
+        if any(part.compress_type for part in parts) or len({*names}) < len(names):
+            raise ValueError("its parts are compressed, or have the same name")
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} does not match its checksum")
+        pickle, = (name for name in names if name.endswith("/data.pkl"))
+        for code, call, _ in pickletools.genops(archive.read(pickle)):
+            if ("GLOBAL" in code.name or code.name == "INST") and not CALLS.fullmatch(str(call)):
+                raise ValueError(f"it holds {call!s:.80}; dense tensors and plain values are allowed")
+    f.seek(0)
+    # By the number of the open file, since `path` may be another file by now.
+    content = torch.load(f"/dev/fd/{f.fileno()}" if lazy else f, "cpu", weights_only=True, mmap=lazy)
+    if not isinstance(content, dict):
+        raise TypeError(f"it holds a {type(content).__name__}, not a dict")
+    tensors = all_tensors(content, set())
+    storages = {x.data_ptr(): x for x in (tensor.untyped_storage() for tensor in tensors)}
+    found = sorted(x.nbytes() for x in storages.values() if x.nbytes())
+    if found != sorted(x.file_size for x in parts if "/data/" in x.filename and x.file_size):
+        raise ValueError("the sizes of its tensors are not those of its parts")
+    if sum(x.nbytes for x in tensors) > sum(found):
+        raise ValueError("its tensors are larger than the file")
+    return content
+
+
+def all_tensors(x, seen):
+    """Returns the tensors in nested dicts, lists, and tuples. seen: a set of ids, of what was visited."""
+    if isinstance(x, torch.Tensor):
+        return [x]
+    if id(x) in seen or not isinstance(x, (dict, list, tuple)):
+        return []
+    seen.add(id(x))
+    return [t for part in (x.values() if isinstance(x, dict) else x) for t in all_tensors(part, seen)]
 
 
 def read_safetensors(f):
@@ -94,8 +194,11 @@ def read_safetensors(f):
     start = 8 + int.from_bytes(data[:8], "little")
     if start > len(data):
         raise ValueError(f"its header ends at byte {start} of {len(data)}")
-    header = json.loads(data[8:start])
+    header = parse_json(data[8:start])
     header.pop("__metadata__", None)
+    ends = sorted(x for entry in header.values() for x in entry["data_offsets"])
+    if [0, *ends[1::2]] != [*ends[::2], len(data) - start]:  # each tensor begins where another one ends
+        raise ValueError("its tensors overlap, or leave bytes out")
     return {name: safetensors_entry(data, start, name, **entry) for name, entry in header.items()}
 
 
@@ -111,6 +214,22 @@ def safetensors_entry(data, start, name, dtype, shape, data_offsets):
 
 
 def read_json(path):
-    """Returns the content of a JSON file. Raises ValueError that names it."""
+    """Returns the dict of a JSON file. Raises ValueError that names it."""
     with explain(f"{path}: not JSON", ValueError, RecursionError):
-        return json.loads(Path(path).read_text("utf-8"))
+        content = parse_json(read_bytes(path).removeprefix(codecs.BOM_UTF8))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}, where there must be an object")
+        return content
+
+
+def parse_json(text):
+    """Returns the content of JSON text. Raises ValueError if it is damaged, or an object has a key twice."""
+    return json.loads(text, object_pairs_hook=unique)
+
+
+def unique(pairs):
+    """Returns a dict of pairs. Raises ValueError if a key stands twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError(f"a key stands twice among {', '.join(content):.100}")
+    return content

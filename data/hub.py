@@ -27,14 +27,20 @@ def hub(repo, name, kind=""):
     return download(f"{endpoint()}/{kind}{repo}/resolve/main/{name}", path)
 
 
+def locate(source):
+    """Returns whether a source is a file or folder. Raises FileNotFoundError if it is no Hub id, either."""
+    is_local = Path(source).exists()
+    if not is_local and (not HUB_ID.fullmatch(source) or source.endswith((".pt", ".bin", ".safetensors"))):
+        raise FileNotFoundError(f"{source}: no such file or folder, and not a Hub id (org/name) either")
+    return is_local
+
+
 def find(source, *names):
     """Returns the path of the first of these files that a folder, or the cache or the Hub for a Hub id, has.
 
     Raises FileNotFoundError that names the source.
     """
-    is_local = Path(source).exists()
-    if not is_local and (not HUB_ID.fullmatch(source) or source.endswith((".pt", ".bin", ".safetensors"))):
-        raise FileNotFoundError(f"{source}: no such file or folder, and not a Hub id (org/name) either")
+    is_local = locate(source)
     folder = Path(source) if is_local else files.CACHE / "hub" / source
     for name in names:
         if (folder / name).exists():
@@ -43,6 +49,17 @@ def find(source, *names):
         with contextlib.suppress(FileNotFoundError):
             return hub(source, name)
     raise FileNotFoundError(f"{source}: holds no {' and no '.join(names)}")
+
+
+def optional(source, name, beside):
+    """Returns the path of a file that a source may have, or None. Call it before the file `beside` is found.
+
+    A file of a Hub id is asked for only until `beside` is in the cache.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if (path := find(source, name, beside)).name == name:
+            return path
+    return None
 
 
 def download(url, path):

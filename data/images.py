@@ -1,17 +1,18 @@
 """Image data sets as tensors: images, labels, class names, prompt templates, and captions.
 
-A reader returns (classes, templates, samples). A sample is (label, name for errors, function that returns a
-PIL image). `load` turns the samples into tensors once and keeps them in a cache file.
+A reader returns (classes, templates, samples). `load` turns the samples into tensors once and keeps them in a
+cache file.
 """
 import contextlib
 import functools
 import hashlib
+import io
 import os
 import pickle
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -19,13 +20,23 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import files, hub
+from data import files, hub, schema
 from data.clip_tokenizer import clip_tokens
 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 CIFAR_SHA256 = "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7"
-VERSION = 2  # of the tensors in cache files: change it with them, so that older files are not used
+VERSION = 3  # of the tensors in cache files: change it with them, so that older files are not used
 THREADS = os.cpu_count()
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # of Pillow, with 8 bits at most
+
+
+class Sample(NamedTuple):
+    """An image that was not read yet."""
+
+    label: int
+    name: Any  # in messages
+    open: Callable  # returns a PIL image
+    path: Path | None = None  # of the file that holds it, if that may change
 
 
 class Images(NamedTuple):
@@ -36,12 +47,20 @@ class Images(NamedTuple):
     classes: list  # L names
     templates: list  # "a photo of a {c}.", ...
     captions: list  # N texts for pretraining, or empty: the class name in any template is then a caption
+    examples: dict | None = None  # count (N) and sha256 of the images, labels, and captions
 
 
 def prompts(classes, templates):
-    """Returns the token ids [L, P, T] of L class names in each of P templates."""
-    tokens = clip_tokens([t.replace("{c}", c) for c in classes for t in templates])  # [L * P, 77]
-    return trim(tokens).unflatten(0, (len(classes), -1))
+    """Returns the token ids [L, P, T] of L class names in each of P templates.
+
+    Raises ValueError if two classes have the same prompts, so that no model could tell them apart.
+    """
+    tokens = trim(clip_tokens([t.replace("{c}", c) for c in classes for t in templates]))  # [L * P, T]
+    tokens, first = tokens.unflatten(0, (len(classes), -1)), {}
+    for i, ids in enumerate(tokens.tolist()):
+        if (j := first.setdefault(str(ids), i)) < i:
+            raise ValueError(f"classes {classes[j]!r} and {classes[i]!r} have the same prompts: rename one")
+    return tokens
 
 
 def trim(tokens):
@@ -75,18 +94,40 @@ def load(source, split, size):
     aircraft, country211, a Hub id or a folder with the layout of `webdataset`, or a folder with
     train/CLASS/*.jpg and test/CLASS/*.jpg. Raises ValueError or OSError that names the file.
     """
-    root, stamp = Path(source), ""
-    read = reader(source)
-    if root.is_dir():  # if a file changes, the cached images are not used
-        source = root = root.resolve()
-        stamp = "".join(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in sorted(root.rglob("*")))
-    digest = hashlib.sha256(f"{source}{stamp}".encode()).hexdigest()[:16]
+    root, found = Path(source), None
+    if root.is_dir():
+        source = str(root.resolve())
+    read, key = reader(source), source
+    if root.is_dir():  # all that is read, and when it changed: cached images are those of these files
+        found = read(split)
+        key = found[:2], [(x.label, str(x.name), *stamp(x.path)) for x in found[2]]
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     cache = files.CACHE / "images" / f"{Path(source).name}-{split}-{size}-{digest}-v{VERSION}.pt"
-    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # a damaged file is rebuilt
-        return Images(**files.read(cache, lazy=True))
-    data = pack(source, split, size, *read(split))
-    files.save(cache, data._asdict())
+    with contextlib.suppress(OSError, ValueError):  # a damaged file is rebuilt
+        return cached(cache)
+    data = pack(source, split, size, *(found or read(split)))
+    try:
+        files.save(cache, data._asdict())
+    except OSError as error:
+        print(f"the images are not kept for the next run: {error}")
     return data
+
+
+def stamp(path):
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def cached(path):
+    """Returns the Images in a cache file. Raises ValueError or FileNotFoundError if it has none."""
+    content = files.read(path, lazy=True)
+    schema.check(content, path, "cache")
+    images, labels, n = content["images"], content["labels"], content["examples"]["count"]
+    valid = images.dtype == torch.uint8 and images.shape == (n, 3, *images.shape[2:])
+    valid = valid and labels.dtype == torch.int64 and labels.shape == (n,)
+    if not valid or not set(labels.unique().tolist()) <= {*range(len(content["classes"]))}:
+        raise ValueError(f"{path}: not images and labels")
+    return Images(**content)
 
 
 def reader(source):
@@ -108,9 +149,9 @@ def pack(source, split, size, classes, templates, samples, texts=(), keep_small=
     """
     if not len(samples) or not classes:
         raise ValueError(f"{source}: its {split} split holds no images")
-    if invalid := [(name, label) for label, name, _ in samples if not 0 <= label < len(classes)]:
-        raise ValueError(f"{invalid[0][0]}: label {invalid[0][1]}, but there are {len(classes)} classes")
-    labels = torch.tensor([label for label, _, _ in samples])
+    if invalid := [x for x in samples if not 0 <= x.label < len(classes)]:
+        raise ValueError(f"{invalid[0].name}: label {invalid[0].label}, but there are {len(classes)} classes")
+    labels = torch.tensor([x.label for x in samples])
     if empty := [c for c, n in zip(classes, labels.bincount(minlength=len(classes))) if not n]:
         raise ValueError(f"{source}: its {split} split has no image of class {', '.join(empty[:5])}")
     read = functools.partial(read_image, size=size, keep_small=keep_small)
@@ -122,24 +163,33 @@ def pack(source, split, size, classes, templates, samples, texts=(), keep_small=
                 break
             images[i] = x
         else:
-            return Images(images, labels, list(classes), list(templates), list(texts))
+            digest = hashlib.sha256(repr((labels.tolist(), list(texts))).encode())
+            digest.update(images.numpy())
+            examples = dict(count=len(labels), sha256=digest.hexdigest())
+            return Images(images, labels, list(classes), list(templates), list(texts), examples)
     # The images have several sizes: all of them are resized.
     return pack(source, split, size, classes, templates, samples, texts, keep_small=False)
 
 
 def read_image(sample, size, keep_small):
     """Returns a sample's image as uint8 [3, S, S]; S is `size`, or less as in `pack`."""
-    _, name, open_image = sample
-    with files.explain(f"{name}: not a readable image", Exception):  # Pillow raises errors of many classes
-        image = open_image()
+    # Pillow raises errors of many classes.
+    with files.explain(f"{sample.name}: not a readable image", Exception):
+        image = sample.open()
         w, h = image.size
         return resize_crop(image, w if keep_small and w == h < size else size)
 
 
 def resize_crop(image, size):
     """Returns a PIL image as uint8 [3, size, size]: bicubic resize of the short side and center crop."""
-    image = image.convert("RGB")
+    if image.mode == "I;16" and image.format != "TIFF":  # 16-bit gray, which Pillow would clip to white
+        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+    if image.mode not in MODES:
+        raise ValueError(f"its pixels have mode {image.mode}: save it with 8 bits per channel")
     w, h = image.size
+    if w * h > 2**26:
+        raise ValueError(f"{w} x {h} pixels: too large")
+    image = image.convert("RGB")
     w, h = max(size, size * w // h), max(size, size * h // w)
     if max(w, h) > 1024 * size:  # a strip that would need a lot of memory once it is resized
         raise ValueError(f"{image.size[0]} x {image.size[1]} pixels: too elongated")
@@ -152,16 +202,15 @@ def resize_crop(image, size):
 def cifar100(path, split):
     """Reads CIFAR-100's python archive. It holds pickles, so its sha256 is checked before it is opened."""
     path = path or hub.download(CIFAR_URL, files.CACHE / "cifar-100-python.tar.gz")
-    with open(path, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    if digest != CIFAR_SHA256:
+    data = files.read_bytes(path)
+    if (digest := hashlib.sha256(data).hexdigest()) != CIFAR_SHA256:
         raise ValueError(f"{path}: sha256 {digest}, but CIFAR-100's is {CIFAR_SHA256}; download it again")
-    with tarfile.open(path) as tar:  # one pass, since seeking back in a .gz file reads it again
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:  # one pass: seeking back in gzip reads it again
         parts = {Path(member.name).name: pickle.load(tar.extractfile(member), encoding="bytes")
                  for member in tar if Path(member.name).name in (split, "meta")}
     table = parts[split]
     pixels = table[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # [N, 32, 32, 3]
-    samples = [(label, f"{path}: {split} {i}", functools.partial(Image.fromarray, pixels[i]))
+    samples = [Sample(label, f"{path}: {split} {i}", functools.partial(Image.fromarray, pixels[i]))
                for i, label in enumerate(table[b"fine_labels"])]
     kinds = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
     templates = [f"a {kind}photo of {a} {{c}}." for a in ("a", "the") for kind in kinds]

@@ -21,17 +21,20 @@ def read(d, added):
 
 
 def spaced_texts(d):
-    """Returns a regular expression that matches if SentencePiece adds a space to a text.
+    """Returns a regular expression that matches texts to which SentencePiece adds a space.
 
-    d: the parsed tokenizer.json. Raises ValueError if its steps are not those of Llama 2.
+    And whether it adds one to each piece between added tokens as well, not only to the first. d: the parsed
+    tokenizer.json. Raises ValueError if its steps are not those of Llama 2.
     """
     steps = [d.get(k) for k in ("normalizer", "pre_tokenizer", "decoder")]
     if (steps[2] or {}).get("decoders") in (DECODERS, DECODERS[:3]) and not d["model"].get("ignore_merges"):
         match steps:
             case {"normalizers": [{"prepend": "▁"}, {"pattern": {"String": " "}, "content": "▁"}]}, None, _:
-                return "(?s:.)"
-            case None, {"replacement": "▁", "prepend_scheme": "first" | "always", "split": False}, _:
-                return "[^ ▁]"
+                if any(t.get("normalized") and not t.get("special") for t in d.get("added_tokens") or ()):
+                    raise ValueError("it has added tokens that are normalized, which Llama 2 has not")
+                return "(?s:.)", True
+            case None, {"replacement": "▁", "prepend_scheme": "first" | "always" as when, "split": False}, _:
+                return "[^ ▁]", when == "always"
     raise ValueError(f"byte_fallback, but not Llama 2's steps: {json.dumps(steps):.300}")
 
 

@@ -11,6 +11,8 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw
 
+from data.images import Sample
+
 HUES = dict(red=0, orange=30, yellow=55, green=120, cyan=180, blue=225, purple=275, pink=325)
 # Number of corners; radius of the points between them, radius and offset of the hole, relative to the radius.
 FORMS = dict(triangle=(3, 0.5, 0, 0), square=(4, 0.71, 0, 0), pentagon=(5, 0.81, 0, 0), circle=(24, 1, 0, 0),
@@ -33,7 +35,7 @@ def shapes(split):
         texts.append(rng.choice(templates).replace("{c}", text))
         light = 0 if split == "captioned" else LIGHT
         image = functools.partial(draw, *classes[label].split(), light, rng.random())
-        samples.append((label, f"shapes {i}", image))
+        samples.append(Sample(label, f"shapes {i}", image))
     return classes, templates, samples, texts
 
 

@@ -1,17 +1,22 @@
 """Text data sets as token ids, with a mask of the tokens in the loss, in batches of similar lengths.
 
 An example is a list of segments (text, counts). If counts is True, the loss includes the segment and an end
-token after it. `load` reads examples, `encode` turns them into Tokens, and `collate` into a batch.
+token after it; if it is None, for an answer that is not trained on, the loss includes neither of them. `load`
+reads examples, `encode` turns them into Tokens, and `collate` into a batch.
 """
 import functools
 import gzip
+import hashlib
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+
+from data import files
 
 GSM8K = "Question: {}\n\nAnswer:"
 
@@ -47,13 +52,21 @@ def gsm8k_segments(row):
     return [(GSM8K.replace("{}", row["question"]), False), (" " + answer, True)]
 
 
+def fingerprint(examples):
+    """Returns the count and sha256 of examples, which tell whether a file is still the same."""
+    digest = hashlib.sha256()
+    for _, parts in examples:
+        digest.update(repr(parts).encode())
+    return dict(count=len(examples), sha256=digest.hexdigest())
+
+
 def token_ids(parts, tokenizer, end):
     """Returns an example's ids, from tokenizer.begin on, and for each of them if the loss includes it."""
     ids, counts = [], []
     for text, counted in parts:
-        part = tokenizer.encode(text, first=not ids) + ([end] if counted else [])
+        part = tokenizer.encode(text, first=not ids) + ([] if counted is False else [end])
         ids += part
-        counts += [counted] * len(part)
+        counts += [bool(counted)] * len(part)
     return tokenizer.begin + ids, [False] * len(tokenizer.begin) + counts
 
 
@@ -62,7 +75,11 @@ def encode(examples, tokenizer, end, length, drop=False):
 
     Examples without a target within the first `length` ids are always dropped. Prints how many are too long.
     """
-    rows = [[torch.tensor(x) for x in token_ids(parts, tokenizer, end)] for _, parts in examples]
+    rows = []
+    for name, parts in examples:
+        with files.explain(name, ValueError):
+            rows.append([torch.tensor(x) for x in token_ids(parts, tokenizer, end)])
+    report_special([parts for _, parts in examples], tokenizer)
     too_long = sum(len(ids) > length for ids, _ in rows)
     used = [(ids[:length], counts[:length]) for ids, counts in rows
             if counts[1:length].any() and not (drop and len(ids) > length)]
@@ -72,6 +89,13 @@ def encode(examples, tokenizer, end, length, drop=False):
     if not used:
         raise ValueError(f"none of {len(rows)} examples has a response that begins within --length {length}")
     return Tokens([ids for ids, _ in used], [counts for _, counts in used])
+
+
+def report_special(examples, tokenizer):
+    """Prints how many examples (lists of segments) hold the text of a special token."""
+    found = Counter(t for parts in examples for t in tokenizer.special if any(t in part for part, _ in parts))
+    for token, n in found.most_common(1):
+        print(f"{n} of {len(examples)} texts hold {token}; special tokens in text are taken as plain text")
 
 
 def group_by_length(indices, lengths, batch, steps, seed, pool=50):

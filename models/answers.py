@@ -1,8 +1,10 @@
 """Generated answers to text: decoding in batches, the numbers in answers, and their colors."""
 import codecs
 import functools
+import math
 import os
 import re
+import statistics
 import sys
 from typing import NamedTuple
 
@@ -12,7 +14,10 @@ from tqdm import tqdm
 import prt
 from data import text
 
-NUMBER = re.compile(r"#### *(-?[\d,]*\.?\d+)")  # GSM8K's form of an answer
+# GSM8K's form of an answer, also with a currency before or a unit behind the number. What goes on after it is
+# no number: a fraction, a time, a power, a sum, or digits in groups other than 1,000.
+NUMBER = re.compile(r"#### *([-−+]?) *[$€£¥]? *([-−]?)(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+)"
+                    r"(?!\d|[.,'’ ]\d| ?[-+/:^*×–xXeE] ?\d)")
 SHADES = ((4, 203), (2, 209), (1, 216), (0.5, 223), (0.1, 230))  # KL in nats -> terminal color
 
 
@@ -83,9 +88,27 @@ def decoder(row, how, generator, end, until, to_text):
 
 
 def final_number(answer):
-    """Returns the number in an answer of GSM8K's format, such as "#### 1,234", or None."""
+    """Returns the number in an answer of GSM8K's form, such as "#### 1,234" or "#### -$5.00", or None."""
     match = NUMBER.search(answer)
-    return float(match[1].replace(",", "")) if match else None
+    if not match:
+        return None
+    sign = -1 if {match[1], match[2]} & {"-", "−"} else 1
+    return sign * float(match[3].replace(",", ""))
+
+
+def exact_match(truth, written, tokenizer):
+    """Returns the shares of answers with a number (form) and the right one (exact), and its standard error.
+
+    truth: the right numbers; of those that are None the answers do not count, and without any, neither do the
+    shares: all are None. written: the answers (ids).
+    """
+    pairs = [(final_number(tokenizer.decode(answer, first=False)), right)
+             for answer, right in zip(written, truth) if right is not None]
+    if not pairs:
+        return dict(form=None, exact=None, error=None)
+    exact = statistics.mean(number == right for number, right in pairs)
+    return dict(form=statistics.mean(number is not None for number, _ in pairs), exact=exact,
+                error=math.sqrt(exact * (1 - exact) / len(pairs)))
 
 
 @torch.no_grad()
@@ -98,7 +121,7 @@ def colored(row, prompt, answer, tokenizer):
     plain = "NO_COLOR" in os.environ or not sys.stdout.isatty()
     output, largest, utf8 = "", 0.0, codecs.getincrementaldecoder("utf-8")("replace")
     for token, kl in zip(answer, kls):
-        piece, largest = utf8.decode(tokenizer.bytes[token]), max(largest, kl)
+        piece, largest = utf8.decode(tokenizer.bytes.get(token, b"")), max(largest, kl)
         if piece:  # a character may need several tokens
             color = next((color for limit, color in SHADES if largest >= limit), None)
             output += piece if plain or color is None else f"\033[48;5;{color}m\033[30m{piece}\033[0m"

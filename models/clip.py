@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import files, hub
+from data import files, hub, schema
 
 
 class QuickGELU(nn.Module):
@@ -204,20 +204,25 @@ def classifier(clip, prompts):
 
 def network(info, arch, head=None):
     """Returns a CLIP or, for the kind "classifier", an image tower with a head [L, E]; random weights."""
-    return Classifier(arch, image_tower(arch), head) if info["kind"] == "classifier" else CLIP(arch)
+    if info["kind"] == "clip":
+        return CLIP(arch)
+    if head.shape != (classes := len(info.get("classes", head)), arch["embed_dim"]):
+        raise ValueError(f"its head has shape {list(head.shape)}, for {classes} classes")
+    return Classifier(arch, image_tower(arch), head)
+
+
+def check_arch(arch):
+    """Raises ValueError unless an architecture in a checkpoint has the keys and values named above."""
+    tower = "convnext" if "widths" in arch else "resnet" if isinstance(arch.get("layers"), list) else "vit"
+    schema.check(arch, "arch", "clip", tower)
+    heads(arch["text_width"], arch["text_heads"])
+    if tower == "vit" and heads(arch["width"], arch["heads"]) and arch["image_size"] % arch["patch"]:
+        raise ValueError(f"{arch['image_size']} pixels do not split into patches of {arch['patch']}")
 
 
 # Public files
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # of OpenAI's pixels
-# Keys of open_clip_config.json that are read here, and those that matter in pretraining only.
-KNOWN = ("embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "image_size", "patch_size", "width", "layers",
-         "heads", "head_width", "context_length", "vocab_size",
-         "timm_drop", "timm_drop_path", "timm_model_pretrained")
-# Keys that choose a variant -> the values that models/convnets.py supports.
-VARIANTS = dict(timm_pool=("avg",), timm_proj=("linear", "mlp"), timm_model_name=(
-    "convnext_tiny", "convnext_small", "convnext_base", "convnext_large", "convnext_xlarge"))
-
 
 def read_folder(name):
     """Returns the architecture and tensors of a CLIP in OpenCLIP's layout; name: a folder or Hub id."""
@@ -237,8 +242,8 @@ def from_state_dict(name, content, config=None):
     if config is None and not arch["quick_gelu"]:
         size = f", {arch['image_size']} pixels" if "widths" in arch else ""  # of others, the shapes tell it
         print(f"{name}: a bare state dict without a configuration: taking GELU, CLIP's pixel mean{size}")
-    for name in ("input_resolution", "context_length", "vocab_size"):
-        tensors.pop(name, None)
+    for key in ("input_resolution", "context_length", "vocab_size"):
+        tensors.pop(key, None)
     tensors["logit_scale"] = tensors["logit_scale"].reshape(1)  # FSDP shards no scalars
     return arch, tensors
 
@@ -249,25 +254,37 @@ def architecture(tensors, config):
     config: that of open_clip_config.json, or {}. It adds what shapes do not tell: head widths, activation,
     mean, std, and a ConvNeXt's image size.
     """
-    model, preprocess = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
+    name = "open_clip_config.json"
+    if config:
+        schema.check(config, name, "open_clip_config")
+    model, preprocess = config.get("model_cfg", {}), config.get("preprocess_cfg") or {}
     vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
-    if unknown := [f"{k} {v!r:.50}" for part in (model, vision, text) for k, v in part.items()
-                   if k not in KNOWN and v and v not in VARIANTS.get(k, ())]:
-        raise ValueError(f"open_clip_config.json sets {', '.join(unknown)}, which is not supported")
+    if config:
+        schema.check(vision, name, "vision_cfg_timm" if "timm_model_name" in vision else "vision_cfg")
+        schema.check(text, name, "text_cfg")
+        schema.check(preprocess, name, "preprocess_cfg")
     vocab, text_width = shape(tensors, "token_embedding.weight", 2)
     openai = "input_resolution" in tensors  # a key of OpenAI's own files only
     arch = dict(embed_dim=shape(tensors, "text_projection", 2)[1], quick_gelu=model.get("quick_gelu", openai),
-                mean=preprocess.get("mean", MEAN), std=preprocess.get("std", STD),
+                mean=preprocess.get("mean") or MEAN, std=preprocess.get("std") or STD,
                 text_width=text_width, text_layers=count(tensors, "transformer.resblocks."),
-                text_heads=heads(text_width, text.get("heads", text_width / 64)),
+                text_heads=heads(text_width, text.get("heads") or (8 if config else text_width / 64)),
                 context=len(tensors["positional_embedding"]), vocab=vocab)
     if "visual.class_embedding" not in tensors:
         from models import convnets  # an optional file
-        return arch | convnets.architecture(tensors, vision)
-    width, _, _, patch = shape(tensors, "visual.conv1.weight", 4)
-    grid = math.isqrt(len(tensors["visual.positional_embedding"]) - 1)
-    return arch | dict(width=width, layers=count(tensors, "visual.transformer.resblocks."), patch=patch,
-                       heads=heads(width, width / vision.get("head_width", 64)), image_size=grid * patch)
+        arch |= convnets.architecture(tensors, vision)
+    else:
+        width, _, _, patch = shape(tensors, "visual.conv1.weight", 4)
+        grid = math.isqrt(len(tensors["visual.positional_embedding"]) - 1)
+        arch |= dict(width=width, layers=count(tensors, "visual.transformer.resblocks."), patch=patch,
+                     heads=heads(width, width / (vision.get("head_width") or 64)), image_size=grid * patch)
+    stated = dict(embed_dim=model.get("embed_dim"), layers=vision.get("layers"), width=vision.get("width"),
+                  patch=vision.get("patch_size"), image_size=vision.get("image_size"),
+                  context=text.get("context_length"), vocab=text.get("vocab_size"),
+                  text_width=text.get("width"), text_layers=text.get("layers"))
+    if wrong := [f"{k} {x}" for k, x in stated.items() if x is not None and arch.get(k, x) != x]:
+        raise ValueError(f"{name} states {', '.join(wrong)}; the shapes of the weights tell otherwise")
+    return arch
 
 
 def count(tensors, prefix):
@@ -285,17 +302,3 @@ def shape(tensors, name, dimensions):
     if tensors[name].ndim != dimensions:
         raise ValueError(f"{name} has shape {list(tensors[name].shape)}")
     return tensors[name].shape
-
-
-def check(arch, tensors):
-    """Raises ValueError if arch has more layers than there are tensors, or wrong types or image sizes."""
-    layers = arch["layers"] if isinstance(arch["layers"], list) else [arch["layers"]]
-    sizes = arch | dict(layers=max(layers), heads=arch.get("heads", 1))  # a ConvNeXt has no heads
-    for key in ("image_size", "layers", "heads", "text_layers", "text_heads", "context", "vocab"):
-        if type(sizes[key]) is not int or sizes[key] < 1:  # a bool is an int, too
-            raise ValueError(f"{key} is {sizes[key]!r:.50}, not a positive integer")
-    if "widths" in arch and not 32 <= arch["image_size"] <= 1024:  # the shapes do not tell it
-        raise ValueError(f"image_size is {arch['image_size']}; a ConvNeXt takes 32 to 1024 pixels here")
-    torch.tensor([arch["mean"], arch["std"]]).view(2, 3)  # raises unless these are three numbers each
-    if max(*layers, arch["text_layers"]) > len(tensors):
-        raise ValueError(f"{layers} layers in {len(tensors)} tensors")

@@ -33,7 +33,7 @@ def architecture(tensors, vision):
     width = shape(tensors, "visual.conv1.weight", 4)[0]
     tokens, features = tensors["visual.attnpool.positional_embedding"].shape
     return dict(width=2 * width, layers=[count(tensors, f"visual.layer{i}.") for i in (1, 2, 3, 4)],
-                heads=heads(features, features / vision.get("head_width", 64)),
+                heads=heads(features, features / (vision.get("head_width") or 64)),
                 image_size=32 * math.isqrt(tokens - 1))
 
 

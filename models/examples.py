@@ -55,12 +55,18 @@ def run(example, args, device, parse, train):
     folder = Path(args.out or f"out/{example.data}-{args.seed or 0}")
     todo = unfinished(example, folder, args, parse)
     reference = [seconds for _, _, seconds in todo] + [example.table_seconds]
+    if folder.is_file():
+        raise ValueError(f"--out {folder}: a file, but a run without other flags makes a folder")
     begin, total = time.perf_counter(), len(example.stages)
+    made = [f"{folder / stage.name}.pt" for stage in example.stages]
+    for _, run_args, _ in todo:
+        flags.check_run(run_args, made)
     for i, (number, run_args, _) in enumerate(todo):
         speed = (time.perf_counter() - begin) / sum(reference[:i]) if i else 1.0
         minutes = speed * sum(reference[i:]) / 60
         print(f"\nrun {number} of {total}: {run_args.out}; about {minutes:.1f} minutes for all that is left")
-        train(run_args, device)
+        with weights.run(run_args, made) as state:
+            train(run_args, device, state)
     command = [sys.executable, str(EVAL), "--run", str(folder)]
     command += ["--device", args.device] if args.device else []
     print(f"\npython eval.py --run {folder}", flush=True)

@@ -1,7 +1,12 @@
 """Command-line flags of the training scripts. Defaults are in the scripts' RECIPES, and nowhere else."""
 import argparse
 import math
+import os
 from pathlib import Path
+
+import torch.distributed as dist
+
+from data import hub
 
 
 def parser(doc):
@@ -30,38 +35,43 @@ def training(doc, recipes, warmup):
     run.add_argument("--out", help="checkpoint to write (default: out/DATA-METHOD.pt); a folder if none of "
                      "--data, --source, and --method is given (default: out/DATA-SEED)")
     run.add_argument("--resume", action="store_true", help="continue the unfinished run in --out")
-    run.add_argument("--seed", type=int, help=f"random seed {default('seed')}")
+    run.add_argument("--seed", type=from_0(int), help=f"random seed {default('seed')}")
     recipe.add_argument("--steps", type=positive(int), help=f"training steps {default('steps')}")
     recipe.add_argument("--batch", type=positive(int), help=f"examples per step {default('batch')}")
     recipe.add_argument("--accum", type=positive(int), help=f"gradient accumulation {default('accum')}")
     recipe.add_argument("--lr", type=positive(float), help=f"peak learning rate {default('lr')}")
-    recipe.add_argument("--warmup", type=int, help=f"steps of linear warmup (default: {warmup})")
-    recipe.add_argument("--weight-decay", type=float, help=f"of AdamW; paper: 0 {default('weight_decay')}")
-    recipe.add_argument("--beta", type=positive(float), help=f"scale of the reward {default('beta')}")
-    recipe.add_argument("--alpha", type=float, help=f"entropy bonus, eq. 12 {default('alpha')}")
-    recipe.add_argument("--hold-out", type=positive(float, below=1), help="share of the training split to "
+    recipe.add_argument("--warmup", type=from_0(int), help=f"steps of linear warmup (default: {warmup})")
+    recipe.add_argument("--weight-decay", type=from_0(float),
+                        help=f"of AdamW; paper: 0 {default('weight_decay')}")
+    recipe.add_argument("--beta", type=BETA, help=f"scale of the reward {default('beta')}")
+    recipe.add_argument("--alpha", type=from_0(float), help=f"entropy bonus, eq. 12 {default('alpha')}")
+    recipe.add_argument("--hold-out", type=from_0(float, below=1), help="share of the training split to "
                         f"leave to eval.py --beta auto {default('hold_out')}")
     ticket.add_argument("--ticket", choices=("random", "base"), help="train a mask over weights that are "
                         "random, or those of --source (default: none)")
     ticket.add_argument("--keep", type=positive(float, below=1), help="share of ones in the mask "
                         f"{default('keep')}")
-    ticket.add_argument("--freeze", type=positive(float, below=1), help="share of the mask that is random, "
+    ticket.add_argument("--freeze", type=from_0(float, below=1), help="share of the mask that is random, "
                         f"which saves its bits {default('freeze')}")
     machine.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     machine.add_argument("--compile", action="store_true", help="use torch.compile for the networks")
     return p, run, recipe, machine
 
 
-def resolve(p, args, recipes):
+def resolve(p, args, recipes, no_pretraining):
     """Returns the arguments with a recipe's defaults for flags that are not given; exits if flags contradict.
 
+    no_pretraining: names of arguments without an effect on pretraining, besides those of the reward.
     Without --data, --source, and --method nothing but the built-in example is meant: they stay as they are.
     """
     if args.ticket or args.keep or args.freeze or args.reward_init:
         from models import tickets
         tickets.check_flags(p, args)
-    if args.size and args.method != "pretrain":
-        p.error("--size is for --method pretrain")
+    if args.method == "pretrain":
+        idle = ["beta", "alpha", "reward_init", *no_pretraining] + (["size"] if args.source else [])
+    else:
+        idle = ["size"]
+    refuse(p, args, idle + (["epochs"] if args.steps else []), f"here (--method {args.method or 'prt'})")
     name = "ticket" if args.ticket else "pretrain" if args.method == "pretrain" else "prt"
     if not (args.source or args.method) and args.data in (None, recipes["prt"]["data"]):
         if args.ticket:
@@ -70,6 +80,35 @@ def resolve(p, args, recipes):
     args = filled(recipes[name], args)
     args.out = args.out or f"out/{Path(args.data).name}-{args.method}.pt"
     return args
+
+
+def refuse(p, args, names, where):
+    """Exits if one of these arguments is given, since it would do nothing."""
+    for name in names:
+        if getattr(args, name, None) not in (None, False):
+            p.error(f"--{name.replace('_', '-')} has no effect {where}: leave it out")
+
+
+def check_run(args, made=()):
+    """Raises ValueError, before any work is done, if a run cannot go through.
+
+    made: paths of models that other runs make before.
+    """
+    if args.out.endswith(os.sep) or Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out}: a folder; a checkpoint's name, such as out/reward.pt, is needed")
+    for name in {args.source, args.reward_init} - {None, "random", *made}:
+        hub.locate(name)
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if args.batch % (args.accum * processes):
+        raise ValueError(f"--batch {args.batch} does not split into --accum {args.accum} x {processes} "
+                         "(processes)")
+    if args.steps:
+        check_warmup(args, args.steps)
+
+
+def check_warmup(args, steps):
+    if (args.warmup or 0) >= steps:
+        raise ValueError(f"--warmup {args.warmup} does not fit into {steps} steps")
 
 
 def filled(defaults, args):
@@ -82,11 +121,39 @@ def filled(defaults, args):
     return argparse.Namespace(**vars(args) | defaults | steps | given)
 
 
-def positive(kind, below=math.inf):
-    """Returns an argparse type for numbers above 0 and below another one; kind: int or float."""
-    def number(text):
-        value = kind(text)
-        if not 0 < value < below:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0 and below {below}")
+LIMITS = {int: 2**31, float: math.inf}
+
+
+def positive(kind, below=None):
+    below = below or LIMITS[kind]
+    return number(kind, lambda x: 0 < x < below, f"above 0 and below {below}")
+
+
+def from_0(kind, below=None):
+    below = below or LIMITS[kind]
+    return number(kind, lambda x: 0 <= x < below, f"at least 0 and below {below}")
+
+
+def number(kind, right, words):
+    """Returns an argparse type for numbers of a kind for which right(number) is true; words: says which."""
+    def convert(text):
+        if not right(value := kind(text)):
+            raise argparse.ArgumentTypeError(f"{text} is not {words}")
         return value
-    return number
+    convert.__name__ = kind.__name__  # in argparse's message on what is no number
+    return convert
+
+
+BETA = number(float, lambda x: 1e-6 <= x <= 1e12, "from 1e-6 to 1e12")
+
+
+def parsed(p, argv):
+    """Returns the arguments of a command line; exits if one is empty, as that of an unset variable."""
+    args = p.parse_args(argv)
+    for name, value in vars(args).items():
+        words = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, str)]
+        if "" in words and name != "prompt":
+            p.error(f"--{name.replace('_', '-')} is empty")
+        if any("\udc80" <= c <= "\udcff" for word in words for c in word):
+            p.error(f"--{name.replace('_', '-')} is not readable in this locale: set LC_ALL=C.UTF-8")
+    return args

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import files, hub
+from data import files, hub, schema
 from data.tokenizer import Tokenizer
 
 
@@ -191,60 +191,94 @@ def network(info, arch, head=None):
 
 # Public files
 
-# Key of the arch dict -> the keys of config.json for the same value.
-KEYS = dict(vocab="vocab_size", width="hidden_size n_embd", layers="num_hidden_layers n_layer",
-                heads="num_attention_heads n_head", head_width="head_dim", kv_heads="num_key_value_heads",
-                mlp="intermediate_size n_inner", positions="max_position_embeddings n_positions",
-                eps="rms_norm_eps layer_norm_epsilon", tied="tie_word_embeddings", end="eos_token_id")
-# Keys of config.json that choose a variant -> the values that models/gpt.py supports.
-VARIANTS = dict(model_type=("gpt2", "llama", "qwen2"), hidden_act=("silu",), mlp_bias=(False,),
-                activation_function=("gelu_new",), attention_bias=(False,), use_sliding_window=(False,),
-                scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), quantization_config=())
+# Family -> the tables of data/schemas.toml that tell, with "config", what its config.json may say.
+TABLES = dict(gpt2=["gpt2"], llama=["llama"], qwen2=["llama", "qwen2"])
+# Keys of generation_config.json that would change what greedy decoding writes -> the values without effect.
+GREEDY = dict(repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0, guidance_scale=1, num_beams=1) | \
+    dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
+                   "forced_eos_token_id", "min_new_tokens", "sequence_bias", "stop_strings",
+                   "exponential_decay_length_penalty", "penalty_alpha"))
+
+
+def check_arch(arch):
+    """Raises ValueError unless an architecture in a checkpoint has the keys and values named above."""
+    schema.check(arch, "arch", "gpt")
+    if arch["heads"] % arch["kv_heads"] or (arch["rope"] and arch["head_width"] % 2):
+        raise ValueError(f"{arch['heads']} heads of width {arch['head_width']}, {arch['kv_heads']} of keys")
+    if (arch["end"] or 0) >= arch["vocab"]:
+        raise ValueError(f"the end token is {arch['end']}, but there are {arch['vocab']} tokens")
 
 
 def read_folder(name, dtype):
     """Returns the architecture and tensors of a GPT in Hugging Face's layout; name: a folder or Hub id."""
+    generation = hub.optional(name, "generation_config.json", "config.json")
     arch, tensors = architecture(files.read_json(hub.find(name, "config.json"))), {}
+    check_arch(arch)
     index = hub.find(name, "model.safetensors", "model.safetensors.index.json")
     shards = {index.name}
     if index.suffix == ".json":
         shards = set(files.read_json(index)["weight_map"].values())
     for shard in sorted(shards):  # one at a time
-        if Path(shard).name != shard:
-            raise ValueError(f"{index.name} names {shard}, which is not a file in its folder")
+        if Path(shard).name != shard or Path(shard).suffix != ".safetensors":
+            raise ValueError(f"{index.name} names {shard}, which is not a .safetensors file in its folder")
         content = renamed(files.read(hub.find(name, shard)), arch)
+        if twice := content.keys() & tensors.keys():
+            raise ValueError(f"{shard}: {min(twice)} is in another file, too")
         tensors |= {k: x.to(dtype) for k, x in content.items()}
+    if arch["tied"] and (head := tensors.get("lm_head.weight")) is not None:
+        arch["tied"] = head.equal(tensors["embed_tokens.weight"])  # if not, it counts, as in transformers
+        if arch["tied"]:
+            del tensors["lm_head.weight"]
+    if generation:
+        report_generation(files.read_json(generation), arch["end"])
     return arch, tensors
 
 
 def architecture(config):
-    """Returns the arch dict of models/gpt.py for a Hugging Face config.json."""
-    if unknown := [k for k, known in VARIANTS.items() if k in config and config[k] not in known]:
-        raise ValueError("models/gpt.py supports gpt2, llama (also Falcon3), and qwen2, but not "
-                         + ", ".join(f"{k} {config[k]}" for k in unknown))
-    arch = {ours: next((config[k] for k in theirs.split() if config.get(k) is not None), None)
-            for ours, theirs in KEYS.items()}
-    optional = ("end", "head_width", "kv_heads", "mlp", "tied")
-    missing = [KEYS[k] for k, v in arch.items() if v is None and k not in optional]
-    if missing or "model_type" not in config:
-        raise ValueError(f"it lacks {', '.join(missing) or 'model_type'}")
-    family, end = config["model_type"], arch["end"]
-    gpt2 = family == "gpt2"
-    defaults = dict(kv_heads=arch["heads"], head_width=arch["width"] // arch["heads"], mlp=4 * arch["width"],
-                    tied=gpt2)
-    arch |= {k: v for k, v in defaults.items() if arch[k] is None}
-    return arch | dict(rope=None if gpt2 else rope_parameters(config), layer_norm=gpt2, gated_mlp=not gpt2,
-                       qkv_bias=family != "llama", bias=gpt2, end=end[0] if isinstance(end, list) else end)
+    """Returns the arch dict of a Hugging Face config.json. Raises ValueError if it says what is not read."""
+    family = config.get("model_type")
+    if family not in TABLES:
+        raise ValueError(f"config.json: model_type {family!r:.50}; models/gpt.py supports {', '.join(TABLES)}"
+                         " (Falcon3 is a llama)")
+    schema.check(config, "config.json", "config", *TABLES[family])
+    if family == "gpt2":
+        from models import gpt2  # an optional file
+        return gpt2.architecture(config)
+    heads, end = config["num_attention_heads"], config.get("eos_token_id")
+    return dict(vocab=config["vocab_size"], width=config["hidden_size"], layers=config["num_hidden_layers"],
+                heads=heads, kv_heads=config.get("num_key_value_heads") or heads,
+                head_width=config.get("head_dim") or config["hidden_size"] // heads,
+                mlp=config["intermediate_size"], positions=config["max_position_embeddings"],
+                eps=config["rms_norm_eps"], tied=bool(config.get("tie_word_embeddings")),
+                end=end[0] if isinstance(end, list) else end, rope=rope_parameters(config), layer_norm=False,
+                gated_mlp=True, qkv_bias=family == "qwen2", bias=False)
 
 
 def rope_parameters(config):
-    """Returns `rope` of the arch dict, from rope_parameters or, in older config.json files, rope_theta."""
-    old = dict(rope_theta=config.get("rope_theta", 10000.0)) | (config.get("rope_scaling") or {})
-    parameters = config.get("rope_parameters") or old
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"rope_type {kind} is not supported, only default and llama3")
-    return dict(theta=parameters["rope_theta"], llama3=parameters if kind == "llama3" else None)
+    """Returns `rope` of the arch dict, from rope_parameters or the older keys rope_theta and rope_scaling."""
+    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    if config.get("rope_theta") is not None:
+        old = dict(rope_theta=config["rope_theta"]) | old
+    if new and any(new.get(k) != x for k, x in old.items()):
+        raise ValueError(f"config.json: rope_parameters {new} and rope_theta or rope_scaling {old} disagree")
+    parameters = dict(rope_theta=10000.0) | old | new
+    kinds = {parameters.get("rope_type"), parameters.get("type")} - {None}
+    if len(kinds) > 1:
+        raise ValueError(f"config.json: RoPE has the types {' and '.join(map(str, kinds))}")
+    kinds -= {"default"}
+    schema.check(parameters, "config.json: RoPE", "rope", *kinds & {"llama3"})
+    scaling = {k: parameters[k] for k in schema.SCHEMAS["llama3"]} if kinds else None
+    return dict(theta=parameters["rope_theta"], llama3=scaling)
+
+
+def report_generation(config, end):
+    """Prints what a generation_config.json asks for and prt.generate does not do; end: the end token's id."""
+    others = [f"{k} {config[k]}" for k, plain in GREEDY.items() if config.get(k) not in (plain, None)]
+    ends = config.get("eos_token_id", end)
+    if set(ends if isinstance(ends, list) else [ends]) != {end}:
+        others.append(f"eos_token_id {ends} (answers end at {end} only)")
+    if others:
+        print(f"not applied of generation_config.json: {', '.join(others):.300}")
 
 
 def renamed(tensors, arch):
@@ -252,40 +286,46 @@ def renamed(tensors, arch):
     if arch["rope"] is None:
         from models import gpt2  # an optional file
         tensors = gpt2.renamed(tensors)
-    tensors = {name.removeprefix("model."): x for name, x in tensors.items() if ".inv_freq" not in name}
-    if arch["tied"]:
-        tensors.pop("lm_head.weight", None)
-    return tensors
+    return {name.removeprefix("model."): x for name, x in tensors.items() if ".inv_freq" not in name}
 
 
 def tokenizer_text(name):
     """Returns the text of a folder's tokenizer.json, or one made of GPT-2's files, or ""."""
+    config, others = (hub.optional(name, file, "tokenizer.json")
+                      for file in ("tokenizer_config.json", "added_tokens.json"))
+    config, others = (files.read_json(file) if file else {} for file in (config, others))
     with contextlib.suppress(FileNotFoundError):
         file = hub.find(name, "tokenizer.json", "vocab.json")
-        if file.name == "tokenizer.json":
-            return file.read_text("utf-8")
-        from models import gpt2
-        return gpt2.tokenizer_text(file, hub.find(name, "merges.txt"))
+        if file.name == "vocab.json":
+            from models import gpt2
+            return gpt2.tokenizer_text(name, config, others)
+        text = files.read_text(file)
+        if config or others:
+            check_tokenizer_config(config, others, text)
+        return text
     return ""
 
 
-def check(arch, tensors):
-    """Raises ValueError if arch has values of the wrong type, or layers or heads that are not in tensors."""
-    for key in ("vocab", "width", "layers", "heads", "kv_heads", "head_width", "mlp", "positions"):
-        if type(arch[key]) is not int or arch[key] < 1:  # a bool is an int, too
-            name = KEYS[key].replace(" ", " or ")  # as in config.json
-            raise ValueError(f"{name} is {arch[key]!r:.50}, not a positive integer")
-    rope, vocab, end = arch["rope"] or dict(theta=1.0), arch["vocab"], arch["end"]  # GPT-2 has no RoPE
-    scaling = [x for k, x in (rope.get("llama3") or {}).items() if "type" not in k]
-    if not all(type(x) in (int, float) and 0 < x < math.inf for x in (arch["eps"], rope["theta"], *scaling)):
-        raise ValueError(f"eps {arch['eps']!r:.50} or a number of RoPE is not above 0: {rope!r:.200}")
-    if end is not None and not (type(end) is int and 0 <= end < vocab):
-        raise ValueError(f"the end token is {end!r:.50}, but there are {vocab} tokens")
-    if arch["layers"] > len(tensors):
-        raise ValueError(f"{arch['layers']} layers in {len(tensors)} tensors")
-    inner, rows = arch["heads"] * arch["head_width"], len(tensors["layers.0.self_attn.q_proj.weight"])
-    if inner != rows:
-        raise ValueError(f"{arch['heads']} heads of {arch['head_width']}, but q_proj has {rows} rows")
+def check_tokenizer_config(config, others, text):
+    """Raises ValueError if the files beside a tokenizer.json change its ids.
+
+    config: that of tokenizer_config.json. others: that of added_tokens.json. text: that of tokenizer.json.
+    """
+    tokenizer = files.parse_json(text)
+    plain = [bool(tokenizer["model"].get("byte_fallback"))]
+    read = {"add_prefix_space?": plain, "added_tokens_decoder?": "a dict", "(ignored)": ["*"]}
+    schema.check(config, "tokenizer_config.json", read)
+    vocab = tokenizer["model"]["vocab"] | {t["content"]: t["id"] for t in tokenizer.get("added_tokens") or ()}
+    if wrong := [t for t, i in others.items() if vocab.get(t) != i]:
+        raise ValueError(f"added_tokens.json: {wrong[0]!r} is not in the tokenizer with this id")
+    flags = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
+    ours, theirs = ({str(i): {k: t.get(k, False) for k in flags} for i, t in tokens} for tokens in (
+        [(t["id"], t) for t in tokenizer.get("added_tokens") or ()],
+        (config.get("added_tokens_decoder") or {}).items()))
+    if theirs and theirs != ours:
+        differ = sorted(i for i in ours | theirs if ours.get(i) != theirs.get(i))
+        raise ValueError(f"tokenizer_config.json: its added_tokens_decoder and tokenizer.json's added_tokens "
+                         f"differ: {differ[0]} {theirs.get(differ[0])}")
 
 
 def same_vocabulary(models):

@@ -26,11 +26,13 @@ def clip(args, device, state):
     from models.clip import CLIP, classifier, resize
     model = CLIP(CLIPS[args.size]).to(device)
     size = model.arch["image_size"]
-    with files.lock():
+    with files.lock_cache():
         data = images.load(args.data, "captioned" if args.data == "shapes" else "train", size)
         test = images.load(args.data, "test", size)
-    if state and state["classes"] != data.classes:
-        raise ValueError(f"--resume: {args.out} was started with classes other than those of {args.data}")
+    info = dict(kind="clip", arch=model.arch, classes=data.classes, templates=data.templates,
+                examples=data.examples, data=args.data)
+    weights.check_same(args, state, info)
+    indices = runs.batches(len(data.labels), args.hold_out, args.batch, args.seed)
     pixels, captions = runs.move_if_it_fits(data.images, device), caption_tokens(data).to(device)  # [N, P, T]
 
     def fetch(i, generator):
@@ -40,13 +42,11 @@ def clip(args, device, state):
         x = images.augment(resize(x, size), generator) if args.augment else x
         return (x, tokens), torch.arange(len(i), device=device).repeat(2), None
 
-    info = dict(kind="clip", arch=model.arch, classes=data.classes, templates=data.templates, data=args.data)
     runs.shard(device, model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    start = weights.restore(model, optimizer, state)
+    start = weights.restore(args, model, optimizer, state, args.steps)
     history = prt.fit(
-        model, runs.batches(len(data.labels), args.hold_out, args.batch, args.seed), fetch,
-        optimizer=optimizer, steps=args.steps,
+        model, indices, fetch, optimizer=optimizer, steps=args.steps,
         warmup=args.steps // 4 if args.warmup is None else args.warmup, accum=args.accum, seed=args.seed,
         compile=args.compile, start=start, stop=runs.stopping, name=Path(args.out).stem,
         save=lambda step: weights.save(args, info, model, optimizer, step, args.steps))
@@ -86,9 +86,10 @@ def blocks(examples, tokenizer, end, length):
     """Returns Tokens in blocks of `length` ids: the texts, each with an end token, without the remainder."""
     from data import text
     ids = []
-    for _, parts in examples:
+    for name, parts in examples:
         texts = [part for part, _ in parts if part]
-        ids += [i for n, part in enumerate(texts) for i in tokenizer.encode(part, first=n == 0)] + [end]
+        with files.explain(name, ValueError):
+            ids += [i for n, part in enumerate(texts) for i in tokenizer.encode(part, first=n == 0)] + [end]
     ids = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     if length < 2 or not len(ids):
         raise ValueError(f"--length {length}: must be at least 2 and at most the text's number of tokens")

@@ -1,6 +1,8 @@
 """What a run of a script needs besides the method: interruption, device, processes, and batches."""
+import contextlib
 import functools
 import os
+import re
 import signal
 import sys
 import time
@@ -16,18 +18,56 @@ STOP = SimpleNamespace(training=False, signal=0, time=0.0)
 
 def main(script):
     """Calls a script's main(); user errors print one line and exit with code 2, without a traceback."""
-    STOP.training, STOP.signal = False, 0
+    STOP.training, STOP.signal, streams = False, 0, (sys.stdout, sys.stderr)
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr, keep="\r")  # of progress bars
     handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         script()
     except (ValueError, OSError, ArithmeticError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(2)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, signal.SIG_IGN if STOP.signal else handler)  # lets the exit finish
         if dist.is_initialized():
             dist.destroy_process_group()
+        lost, (sys.stdout, sys.stderr) = getattr(sys.stdout, "lost", None), streams
+    if lost:
+        sys.exit(f"error: what was printed is lost: {lost}")
+
+
+class Output:
+    """A stream on which no text from outside can control a terminal, and that may break: training goes on."""
+
+    # Control characters and marks of direction, but not the colors of models/answers.py.
+    CONTROL = re.compile("(?!\x1b\\[(?:48;5;2\\d\\dm\x1b\\[30m|0m)|(?<=m)\x1b\\[30m)"
+                         "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+    def __init__(self, stream, keep=""):
+        # None: it was closed when the program started.
+        self.stream, self.keep, self.lost = stream or open(os.devnull, "w"), keep, None  # noqa: SIM115
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")  # for a terminal without UTF-8
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """Writes text with its control characters, except for those in `keep`, as escapes such as \\x1b."""
+        self.unless_broken(self.stream.write, self.CONTROL.sub(
+            lambda c: c[0] if c[0] in self.keep else c[0].encode("unicode_escape").decode(), text))
+
+    def flush(self):
+        self.unless_broken(self.stream.flush)
+
+    def unless_broken(self, action, *args):
+        """Calls an action of the stream; if that is broken, sends all that follows nowhere."""
+        try:
+            action(*args)
+        except OSError as error:
+            # Of a pipe that nobody reads any more, as after `| head`, nothing is missed.
+            self.lost = None if isinstance(error, BrokenPipeError) else error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 # Interruption
@@ -46,10 +86,10 @@ def interrupt(number, frame):
         sys.exit(128 + number)
     if not STOP.signal:
         STOP.signal, STOP.time = number, time.monotonic()
-        try:  # os.write, since print raises an error if the signal came in the middle of a print
+        # os.write, since print raises an error if the signal came in the middle of a print. An error if, in
+        # `python ... | tee log`, Ctrl-C ended tee.
+        with contextlib.suppress(OSError):
             os.write(1, b"\nstopping after this step; Ctrl-C again ends at once\n")
-        except OSError:  # in `python ... | tee log`, Ctrl-C ended tee, and nothing can be printed
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open until the process ends)
 
 
 def stopping():

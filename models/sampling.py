@@ -38,7 +38,8 @@ def probabilities(log_probs, temperature, top_p):
     """
     if not temperature:
         return torch.zeros_like(log_probs).scatter_(-1, log_probs.argmax(-1, keepdim=True), 1.0)
-    p = (log_probs / temperature).softmax(-1)
+    # From the largest down, so that a tiny temperature does not divide all of them to -inf.
+    p = ((log_probs - log_probs.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p < 1:
         descending, order = p.sort(-1, descending=True)
         likely = descending * (descending.cumsum(-1) - descending < top_p)  # sum of likelier ones < top_p

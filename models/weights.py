@@ -3,6 +3,8 @@
 models/clip.py and models/gpt.py read public files. A checkpoint of this project is a dict that torch.save
 wrote; models/README.md lists its entries.
 """
+import contextlib
+import hashlib
 from pathlib import Path
 
 import torch
@@ -10,13 +12,15 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from tqdm import tqdm
 
-from data import files, hub
+from data import files, hub, schema
+from models import flags
 
 ROLES = dict(base="a base", prt="a reward", ft="a fine-tuned model")  # role or method -> name in messages
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # saved as one process would save it
 # The file that tells a folder's layout -> whether it is that of a model for text.
 LAYOUTS = {"open_clip_config.json": False, "config.json": True}
-MAY_CHANGE = {"resume", "device", "compile", "out"}  # flags that may change when a run is resumed
+# Flags that may change when a run is resumed.
+MAY_CHANGE = {"resume", "device", "compile", "out", "chunk", "recompute"}
 
 
 # Load
@@ -36,8 +40,8 @@ def load(name, role=None, text=None, dtype=torch.float32, source=None):
     """
     name, path = str(name), Path(name)
     try:
-        if path.is_file():
-            model = from_file(path, dtype, source)
+        if path.exists() and not path.is_dir():
+            model = from_file(path, role, dtype, source)
         elif hub.find(name, *(k for k, v in LAYOUTS.items() if text in (None, v))).name == "config.json":
             from models import gpt
             info = dict(kind="gpt", tokenizer=gpt.tokenizer_text(name))
@@ -56,20 +60,38 @@ def load(name, role=None, text=None, dtype=torch.float32, source=None):
     return model
 
 
-def from_file(path, dtype, source):
+def from_file(path, role, dtype, source):
     """Returns the model in a checkpoint of this project or a bare CLIP state dict; arguments as in `load`."""
-    with open(path, "rb") as f:
-        if f.read(2) == b"\x1f\x8b":  # as every gzip file begins
-            from models import ticket_files  # an optional file
-            return ticket_files.load(path, dtype, source)
     content = files.read(path)
     if "kind" not in content:
         from models import clip
         return build(dict(kind="clip"), *clip.from_state_dict(path, content))
-    info = {k: v for k, v in content.items() if k not in ("model", "optimizer")}
-    if "ticket" in info:
-        raise ValueError("an unfinished ticket: continue its run with --resume")
+    check_checkpoint(content)
+    if "optimizer" in content:
+        raise ValueError(f"an unfinished run, of {content['step']} steps so far: continue it with --resume")
+    if "ticket" in content:
+        if role == "base":
+            raise ValueError("a ticket, which is no base")
+        from models import ticket_files  # an optional file
+        return ticket_files.load(content, dtype, source)
+    if not all(x.isfinite().all() for x in content["model"].values()):
+        raise ValueError("a weight is nan or infinite")
+    info = {k: v for k, v in content.items() if k != "model"}
     return build(info, content["arch"], content["model"], dtype)
+
+
+def check_checkpoint(content):
+    """Raises ValueError unless a checkpoint is as models/README.md lists its entries.
+
+    This is done once, right after a file was read. All other code trusts the checkpoint.
+    """
+    kind = content["kind"]
+    schema.check(dict(kind=kind), "its entries", dict(kind=schema.SCHEMAS["checkpoint"]["kind"]))
+    parts = [f"{kind}_checkpoint"]
+    parts += ["tuned"] if "method" in content or kind == "classifier" else []
+    parts += [part for part, key in dict(ticket="ticket", unfinished="optimizer").items() if key in content]
+    schema.check(content, "its entries", "checkpoint", *parts)
+    network_module(content).check_arch(content["arch"])
 
 
 def build(info, arch, tensors, dtype=torch.float32):
@@ -78,13 +100,13 @@ def build(info, arch, tensors, dtype=torch.float32):
     info: its kind is "clip" (two towers), "classifier", or "gpt". The model is built on the meta device, so
     that no weight is in memory twice.
     """
-    module = network_module(info)
-    module.check(arch, tensors)
     with torch.device("meta"):
-        model = module.network(info, arch, tensors.get("head"))
+        model = network_module(info).network(info, arch, tensors.get("head"))
     for name, x in tensors.items():
         if x.is_floating_point():
             tensors[name] = x.to(dtype if info["kind"] == "gpt" else torch.float32)
+        elif not name.endswith("num_batches_tracked"):  # of BatchNorm
+            raise ValueError(f"{name} has dtype {x.dtype}; weights are floating-point numbers")
     model.load_state_dict(tensors, assign=True)
     model.info = info
     return model.eval().requires_grad_(True)
@@ -101,19 +123,28 @@ def network_module(info):
 
 # Train
 
-def to_resume(args):
-    """Returns the checkpoint that a run continues from: None, or with --resume the one at args.out.
+@contextlib.contextmanager
+def run(args, made=()):
+    """Keeps other runs from args.out; its value is the checkpoint to continue from, or None without --resume.
 
-    Raises before any work is done if the run would overwrite a file or mix two runs' settings.
+    Raises before any work is done if the run cannot go through (flags.check_run, which has `made`), or if the
+    file cannot be written, exists, or belongs to a run that is going on or had other settings.
     """
+    flags.check_run(args, made)
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if args.resume:
-        from models import resume
-        return resume.checkpoint(path, settings(args))
-    if path.exists():
-        raise FileExistsError(f"{path} exists: continue it with --resume, or choose another --out")
-    return None
+    mark = path.with_name(f"{path.name}.lock")  # as long a name as that of the file that `save` writes first
+    with contextlib.ExitStack() as stack:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            stack.enter_context(files.lock(mark, wait=False))
+            stack.callback(mark.unlink, missing_ok=True)
+        if args.resume:
+            from models import resume
+            yield resume.checkpoint(path, settings(args))
+        elif path.exists():
+            raise FileExistsError(f"{path} exists: continue it with --resume, or choose another --out")
+        else:
+            yield None
 
 
 def settings(args):
@@ -126,12 +157,29 @@ def settings(args):
     return {k: v for k, v in vars(args).items() if k not in free}
 
 
-def restore(model, optimizer, state):
+def check_same(args, state, info):
+    """Raises ValueError if the run in `state`, if any, had other data or another source than info says."""
+    for key, value in info.items() if state else ():
+        if state.get(key) != value:
+            raise ValueError(f"--resume: {args.out} had other {key}: its data or its source changed")
+
+
+def fingerprint(model):
+    """Returns a sha256 of a sample of a model's weights, the same in float32 and bfloat16."""
+    digest = hashlib.sha256()
+    for name, x in model.state_dict().items():
+        sample = x.flatten()[::max(1, x.numel() // 1000)].to("cpu", torch.bfloat16)
+        if name != "head":  # of a zero-shot classifier, computed from the text tower
+            digest.update(sample.view(torch.int16).numpy())
+    return digest.hexdigest()
+
+
+def restore(args, model, optimizer, state, steps):
     """Puts the weights and optimizer state of `state`, if any, in place; returns its number of steps."""
     if state is None:
         return 0
     from models import resume
-    return resume.restore(model, optimizer, state)
+    return resume.restore(args.out, model, optimizer, state, steps)
 
 
 def save(args, info, model, optimizer, step, steps):

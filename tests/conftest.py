@@ -44,6 +44,7 @@ TALK = [dict(messages=[dict(role="user", content=f"What is {s}?"), dict(role="as
         for s in SUMS]
 # Command lines for the names of the fixture `paths`. Of two equal flags, the later one counts.
 TRAIN = "train_vision.py --data {data} --source {old} --steps 2 --batch 8 --warmup 0 --out {out}/x.pt "
+PRETRAIN = TRAIN.replace("--source {old}", "--method pretrain --size tiny")
 EVAL = "eval.py --reward {reward} --base {new} --json {out}/x.json --picture {out}/x.png "
 # The models of the fixture `texts`, and the start of many command lines in its folder.
 REWARD, NEW, OLD, TUNED_SOURCE, TUNED_BASE = (

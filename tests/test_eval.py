@@ -41,8 +41,8 @@ def tokenizer(in_texts):
 
 # Tables
 
-TABLES = dict(shapes=("beta top-1 NLL KL ms/image", "{top1:.2%} {nll:.3f} {kl:.3f} {ms:.3f}"),
-              texts=("beta parsed exact std. err. NLL token acc KL tokens/s",
+TABLES = dict(shapes=("beta top1 nll kl ms", "{top1:.2%} {nll:.3f} {kl:.3f} {ms:.3f}"),
+              texts=("beta form exact error nll accuracy kl speed",
                      "{form:.1%} {exact:.1%} {error:.1%} {nll:.3f} {accuracy:.1%} {kl:.3f} {speed:.0f}"))
 
 
@@ -255,7 +255,7 @@ def test_the_printed_command_prints_the_table(kind, request, tmp_path, table, ca
     fixture, picture = request.getfixturevalue(kind), tmp_path / "x.png"
     assert f"python eval.py --run {RUNS[kind]}" in fixture.printed.splitlines()
     before = contents(fixture.folder)
-    rows = table("eval.py", "--run", RUNS[kind], *FEW, "--picture", picture)
+    rows = table("eval.py", "--run", RUNS[kind], *(FEW if kind == "texts" else ("--picture", picture)))
     assert [row["method"] for row in rows] == METHODS and contents(fixture.folder) == before
     assert "note: " not in capsys.readouterr().out
     assert kind == "texts" or Image.open(picture).size == (960, 600)
@@ -266,8 +266,8 @@ def test_flags_win_over_the_files_of_run(tmp_path):
     paths = {flag: str(tmp_path / f"{name}.pt") for flag, name in paths.items()}
     for path in paths.values():
         Path(path).touch()
-    expected = paths | dict(reward=[paths["reward"]], tuned_source=None, picture=f"{tmp_path}/picture.png")
-    for given in (dict(), dict(base="x"), dict(source="x", picture="y"), dict(reward=["x", "y"])):
+    expected = paths | dict(reward=[paths["reward"]], tuned_source=None)
+    for given in (dict(), dict(base="x"), dict(source="x"), dict(reward=["x", "y"])):
         words = [[f"--{flag}", *([x] if isinstance(x, str) else x)] for flag, x in given.items()]
         args = eval_script.parse(["--run", str(tmp_path), *sum(words, [])])
         assert {flag: getattr(args, flag) for flag in expected} == expected | given
@@ -287,7 +287,7 @@ def test_the_source_is_looked_for_where_the_reward_says(texts, tmp_path, monkeyp
 
 def test_a_model_that_was_tuned_from_another_base_gets_a_note(in_texts, table, capsys):
     table("eval.py", "--run", RUNS["texts"], *FEW, "--tuned-source", TUNED_BASE)
-    note = f"note: {TUNED_BASE} was tuned from {NEW}, but the table uses it with {OLD}\n"
+    note = f"note: {TUNED_BASE} was tuned from {NEW}; {OLD} has other weights\n"
     assert note in capsys.readouterr().out
 
 
@@ -396,7 +396,8 @@ def test_answers_depend_on_the_seed_of_samples_alone(in_texts, monkeypatch, tabl
 
 # Bad input
 
-USE = "eval.py --reward {reward} --base {new} --new-tokens 8 --limit 4 --device cpu --json {out}/x.json "
+ASK = "eval.py --reward {reward} --base {new} --new-tokens 8 --device cpu "
+USE = ASK + "--limit 4 --json {out}/x.json "
 BAD = dict(paths={
     "no such reward": (EVAL + "--reward {none}/r.pt", "{none}/r.pt"),
     "damaged reward": (EVAL + "--reward {damaged}", "{damaged}"),
@@ -418,7 +419,7 @@ BAD = dict(paths={
     "image base": (USE + "--base {clip}", "{clip} is a base for images", "text"),
     "image reward": (USE + "--reward {shapes}", "{new} is a base for text", "images"),
     "reward as source": (USE + "--source {reward}", "{reward} is a reward"),
-    "long prompt": (USE + "--prompt " + "long" * 300, "256 positions", "--new-tokens"),
+    "long prompt": (ASK + "--prompt " + "long" * 300, "256 positions", "--new-tokens"),
     "long answer": (USE + "--new-tokens 255", "255", "256 positions"),
     "temperature is no number": (USE + "--temperature nan", "--temperature"),
 })
@@ -441,15 +442,120 @@ def test_without_lm_eval_the_error_says_how_to_install_it(names, monkeypatch, ca
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "models.harness", raising=False)
     monkeypatch.delattr("models.harness", raising=False)
-    case = USE + "--tasks gsm8k", "--tasks", "pip install lm_eval"
+    case = "eval.py --reward {reward} --base {new} --tasks gsm8k", "--tasks", "pip install lm_eval"
     conftest.assert_refused(case, names, capfd, names["out"])
 
 
 @pytest.mark.parametrize("fixture, command, written", [
-    ("paths", EVAL, ["x.json", "x.png"]), ("names", USE, ["x.json"]), ("names", USE + "--prompt short", [])])
+    ("paths", EVAL, ["x.json", "x.png"]), ("names", USE, ["x.json"]), ("names", ASK + "--prompt short", [])])
 def test_the_refused_command_lines_run_without_their_fault(request, capfd, fixture, command, written):
     """Catches: The command lines above fail for another reason than their own."""
     values = request.getfixturevalue(fixture)
     assert call(*command.format(**values).split()) == 0
     assert sorted(path.name for path in contents(values["out"])) == written
     assert capfd.readouterr().err == ""
+
+
+# A flag acts or is refused; columns are those that mean something
+
+ACTS = {"images": (EVAL, "--limit 3", "--speculative", "--temperature 1", "--new-tokens 3", "--compile",
+                   "--seed 1",
+                   "--apply-chat-template"),
+        "a table of text": (ASK, "--picture {out}/x.png", "--apply-chat-template"),
+        "--prompt": (ASK + "--prompt a ", "--json {out}/x.json", "--data sums.jsonl", "--tasks gsm8k",
+                     "--picture x.png"),
+        "--tasks": ("eval.py --reward {reward} --base {new} --tasks gsm8k ", "--data sums.jsonl",
+                    "--temperature 1",
+                    "--new-tokens 3")}
+
+
+@pytest.mark.parametrize("where, command, flag",
+                         [(where, command, flag) for where, (command, *flags) in ACTS.items()
+                                                  for flag in flags])
+def test_a_flag_that_would_do_nothing_is_refused(request, capfd, where, command, flag):
+    values = request.getfixturevalue("paths" if where == "images" else "names")
+    where = "" if "prompt a" in command and "tasks" in flag else where  # of two of them, one is named
+    conftest.assert_refused((command + flag, flag.split()[0] if where else "--", where), values, capfd,
+                            values["out"])
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--json {reward}", ["--json", "end in .json"]),
+    ("--picture {reward}", ["--picture", "end in .png"]),
+    ("--top-p 0.5", ["--top-p", "--temperature"]), ("--top-p 1.5 --temperature 1", ["--top-p", "at most 1"]),
+    ("--seed -1", ["--seed"]), ("--batch 99999999999", ["--batch"])])
+def test_files_that_are_read_are_not_overwritten_and_numbers_are_checked(names, capfd, flags, words):
+    """Catches: --json R.pt replaces the reward by a table, exit code 0."""
+    conftest.assert_refused(("eval.py --reward {reward} --base {new} " + flags, *words), names, capfd,
+                            names["out"])
+
+
+def test_columns_of_numbers_are_of_the_answers_that_have_one(tokenizer, tmp_path, monkeypatch, table, capsys):
+    """Catches: The identical answer counts as wrong, or exact is 0.0% where no answer has a number."""
+    given = {"c": "### none", "d": "#### 1/2", "a": "#### $5", "b": "#### 1,234.00 apples"}
+    path = tmp_path / "x.jsonl"
+    for number, form, exact in ((4, 1, 1), (2, None, None)):
+        path.write_text(conftest.jsonl([dict(prompt=k, response=v) for k, v in [*given.items()][:number]]))
+        answer_with(monkeypatch, lambda prompt: tokenizer.encode(given[tokenizer.decode(prompt)]))
+        row, printed = table(*EVAL_LM, "--data", path)[0], capsys.readouterr().out
+        assert (row["form"], row["exact"]) == (form, exact) and ("exact" in printed) == (exact is not None)
+        assert ("2 of 4 reference answers have a number" in printed) == (number == 4)
+
+
+@pytest.mark.parametrize("text, number", [
+    ("#### -$5.50", -5.5), ("#### $-5", -5), ("####€ 1,234", 1234), ("#### .5 km", 0.5), ("#### 1/2", None),
+    ("#### 12:30", None), ("#### x 5", None), ("#### 10%", 10)])
+def test_a_number_is_read_by_one_rule(text, number):
+    assert answers.final_number(text) == number
+
+
+def test_an_empty_prompt_is_answered(names, capsys):
+    assert call(*ASK.format(**names).split(), "--prompt", "") == 0
+    assert "base alone:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["images", "texts"])
+def test_held_out_examples_are_those_of_the_data_in_training(request, tmp_path, capfd, kind):
+    """Catches: A row is added, and --beta auto and --resume go on with rows that were trained on."""
+    if kind == "images":
+        paths = request.getfixturevalue("paths")
+        data = shutil.copytree(paths["data"], tmp_path / "data")
+        command = conftest.TRAIN.format(**paths).split()
+        rest, base = ["--data", data, "--hold-out", 0.2], paths["new"]
+    else:
+        request.getfixturevalue("in_texts")
+        data, command, base = tmp_path / "x.jsonl", conftest.TUNE_LM, NEW
+        shutil.copy("sums.jsonl", data)
+        rest = ["--data", data, "--hold-out", 0.2, "--steps", 2]
+    out, half = tmp_path / "x.pt", tmp_path / "half.pt"
+    assert call(*command, *rest, "--out", out) == 0
+    conftest.interrupted(*command, *rest, "--out", half)
+    use = ["eval.py", "--reward", out, "--base", base, "--beta", "auto",
+           *["--data", "sums.jsonl"] * (kind == "texts"),
+           *["--new-tokens", 4] * (kind == "texts")]
+    assert call(*use) == 0
+    if kind == "images":
+        (data / "train/0.tar").write_bytes(conftest.tar_bytes(conftest.pairs([0, 1, 2, 0, 1, 2, 0]))[0])
+    else:
+        data.write_text(data.read_text() + data.read_text().splitlines()[0])
+    capfd.readouterr()
+    conftest.one_line(call(*use), capfd.readouterr().err, "--beta auto", out, data)
+    conftest.one_line(call(*command, *rest, "--out", half, "--resume"), capfd.readouterr().err, half,
+                      "examples")
+
+
+def test_a_table_does_not_overwrite_a_part_of_a_model(names, tmp_path, capfd):
+    """Catches: --json config.json in the folder of the base, exit code 0."""
+    folder = shutil.copytree(names["root"] / "llama", tmp_path / "llama")
+    before = contents(folder)
+    command = f"eval.py --reward {names['reward']} --base {names['new']} --source {folder}"
+    code = call(*command.split(), "--json", folder / "config.json")
+    assert code == 2 and contents(folder) == before and capfd.readouterr().err
+
+
+def test_a_prompt_is_answered_with_every_reward_and_beta(names, capsys):
+    """Catches: The second of two rewards, or betas, is ignored."""
+    command = ASK.format(**names).split()
+    assert call(*command, "--reward", names["reward"], names["reward"], "--beta", 0.5, 1, "--prompt",
+                "a") == 0
+    assert capsys.readouterr().out.count(", beta ") == 6  # two rewards and their sum, at two betas

@@ -1,6 +1,8 @@
 """Bytes in and out (data/files.py, data/hub.py): formats, atomic writes, downloads, the lock."""
 import contextlib
 import http.client
+import os
+import time
 import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -231,8 +233,106 @@ def test_web_pages_and_damaged_json_are_not_kept(server, cache, monkeypatch, nam
 
 def test_lock_lets_one_in_at_a_time():
     with ThreadPoolExecutor() as pool, contextlib.ExitStack() as second:
-        with files.lock():
-            entered = pool.submit(second.enter_context, files.lock())
+        with files.lock_cache():
+            entered = pool.submit(second.enter_context, files.lock_cache())
             with pytest.raises(TimeoutError):
                 entered.result(0.1)
         entered.result(10)
+
+
+# Files of torch.save, read whole or refused
+
+def rewritten(path, change=None, twice=None, compression=zipfile.ZIP_STORED):
+    """Writes another torch file: change(name, bytes) -> the bytes of each part. twice: the end of a name."""
+    torch.save(dict(a=torch.arange(1000.0), b=torch.zeros(3)), path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in parts.items():
+            for _ in range(1 + (twice is not None and name.endswith(twice))):
+                archive.writestr(name, change(name, data) if change else data)
+    return path
+
+
+def cut(name, data):
+    return data[:8] if name.endswith("/data/0") else data
+
+
+def calls(name, data):
+    return data.replace(b"ctorch\nFloatStorage", b"cbuiltins\nbytearray") if name.endswith(".pkl") else data
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("options, words", [
+    (dict(compression=zipfile.ZIP_DEFLATED), "compressed"), (dict(twice="/data/0"), "same name"),
+    (dict(change=cut), "sizes|size"), (dict(change=calls), "builtins bytearray")])
+def test_a_torch_file_that_torch_alone_would_read_is_refused(tmp_path, lazy, options, words):
+    """Catches: Memory beside a short part is read as weights, 5 GB come of 20 MB, or a part is lost."""
+    files.read(rewritten(tmp_path / "x.pt"), lazy)
+    with pytest.raises(ValueError, match=f"x.pt: damaged.*({words})"):
+        files.read(rewritten(tmp_path / "x.pt", **options), lazy)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_flipped_bit_is_found_and_a_file_is_opened_once(tmp_path, monkeypatch, lazy):
+    """Catches: Weights with a flipped bit load, or a file that is replaced in between is half of each."""
+    path, x = tmp_path / "x.pt", torch.arange(1000.0)
+    torch.save(dict(x=x), path)
+    data, at = path.read_bytes(), path.read_bytes().find(x.numpy().tobytes())
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **options: (files.save(path, dict(x=-x)), load(
+        *args, **options))[1])
+    assert files.read(path, lazy)["x"].equal(x) and files.read(path, lazy)["x"].equal(-x)
+    path.write_bytes(data[:at + 500] + bytes([data[at + 500] ^ 1]) + data[at + 501:])
+    refused(path, "checksum")
+
+
+@pytest.mark.parametrize("content, words", [
+    (dict(x=torch.zeros(1).expand(10**9)), "larger than the file"),
+    (dict(x=torch.ones(2, dtype=torch.complex64)),
+                                                                      "ComplexFloatStorage"),
+    (dict(x=torch.eye(2).to_sparse()), "sparse"), (dict(x=torch.ones(2, device="meta")), "meta")])
+def test_tensors_that_are_not_what_they_take_in_the_file_are_refused(tmp_path, content, words):
+    torch.save(content, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", words)
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    """Catches: A pipe hangs the program, with the lock of the cache held."""
+    os.mkfifo(tmp_path / "x.pt")
+    for path in (tmp_path / "x.pt", tmp_path, "/dev/zero"):
+        with pytest.raises(ValueError, match=f"{path}: a folder, a pipe, or a device"):
+            files.read(path)
+    with pytest.raises(ValueError, match="x.pt: .*a folder, a pipe"):
+        weights.load(tmp_path / "x.pt")
+
+
+def test_json_with_a_key_twice_and_safetensors_that_overlap_are_refused(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": 1, "b": {"c": 1, "c": 2}}')
+    with pytest.raises(ValueError, match="x.json: not JSON: a key stands twice among c"):
+        files.read_json(tmp_path / "x.json")
+    two = dict(a=torch.zeros(2), b=torch.ones(2))
+    for change in (dict(data_offsets=[0, 8]), dict(data_offsets=[4, 12])):
+        refused(write_safetensors(tmp_path / "x.safetensors", two, **change), "overlap")
+
+
+def test_a_locked_file_is_waited_for_with_a_word_or_refused(tmp_path, capfd):
+    with ThreadPoolExecutor() as pool, files.lock(tmp_path / "lock"):
+        with pytest.raises(BlockingIOError), files.lock(tmp_path / "lock", wait=False):
+            pass
+        entered = pool.submit(lambda: files.lock(tmp_path / "lock").__enter__())
+        while not (said := capfd.readouterr().err) and not entered.done():
+            time.sleep(0.01)
+    assert said == f"waiting for another process, which has locked {tmp_path / 'lock'}\n"
+    entered.result(10)
+
+
+def test_lists_that_share_their_parts_are_read_at_once(tmp_path):
+    """Catches: 60 nested pairs of one list are taken for 2^60 lists."""
+    nested = []
+    for _ in range(60):
+        nested = [nested, nested]
+    torch.save(dict(kind=nested, x=torch.ones(2)), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="kind is "):
+        weights.load(tmp_path / "x.pt")

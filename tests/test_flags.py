@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SCRIPTS, TRAIN, TUNE_LM, assert_refused, call, contents, interrupted, one_line
+from conftest import PRETRAIN, SCRIPTS, TRAIN, TUNE_LM, assert_refused, call, contents, interrupted, one_line
 
 import eval as eval_script
 import train_lm
@@ -30,7 +30,7 @@ def test_help_has_the_docstring_and_the_defaults_of_the_flags_in_groups(script, 
     assert {flag for flag, line in lines.items() if "(default: " not in line} == {*NO_DEFAULT[script].split()}
     if script == "eval.py":
         for flag in ("batch", "temperature", "top_p", "seed"):
-            value = getattr(eval_script.parse(["--reward", "r.pt", "--base", "b.pt"]), flag)
+            value = eval_script.DEFAULTS[flag]
             assert f"(default: {value:g})" in lines[flag.replace("_", "-")]
         return
     recipes = [SCRIPTS[script].RECIPES[name] for name in ("prt", "pretrain", "ticket")]
@@ -54,7 +54,7 @@ VALUES = {
         "--sped": "3", "--method": "sft", "--size": "huge", "--ticket": "golden", "--reward-init": "path.pt",
         "--steps": "0 -1 1.5 x", "--batch": "0 -8 1.5", "--accum": "0 -1", "--seed": "x", "--warmup": "1.5",
         "--lr": NUMBERS, "--beta": NUMBERS, "--alpha": "x", "--weight-decay": "x",
-        "--hold-out": "0 1 1.5 nan", "--keep": "0 1", "--freeze": "1"},
+        "--hold-out": "-1 1 1.5 nan", "--keep": "0 1", "--freeze": "1"},
     "train_lm.py": {"--size": "huge", "--length": "0 1.5", "--epochs": "0 nan", "--chunk": "0"},
     "eval.py": {"--beta": "0 nan x", "--batch": "0 x", "--limit": "0", "--new-tokens": "0", "--top-p": "0"}}
 
@@ -71,8 +71,8 @@ def test_an_impossible_value_is_refused_in_one_line(script, flag, value, tmp_pat
 TUNE = " ".join(TUNE_LM) + " --steps 2 --length 64 --out {out}/x.pt "
 # The names for text are in {text[...]}, those for images in braces alone.
 CASES = {
-    "size of no pretraining": (TRAIN + "--size tiny", "--size is for --method pretrain"),
-    "size of the run without flags": ("train_lm.py --size large", "--size is for --method pretrain"),
+    "size of no pretraining": (TRAIN + "--size tiny", "--size has no effect here"),
+    "size of the run without flags": ("train_lm.py --size large", "--size has no effect here"),
     "unknown data": (TRAIN + "--data shapez", "--data shapez", "cifar100"),
     "no such source": (TRAIN + "--source {none}/base.pt", "{none}/base.pt"),
     "reward as source": (TRAIN + "--source {reward}", "{reward} is a reward"),
@@ -120,10 +120,10 @@ def test_the_refused_command_lines_run_without_their_fault(in_texts, paths, malf
     assert capfd.readouterr().err == "" and sorted(contents(paths["out"])) == want
 
 
-@pytest.mark.parametrize("method", ["prt", "pretrain"])
-def test_a_run_does_not_resume_with_other_classes(paths, capfd, method):
+@pytest.mark.parametrize("command", [TRAIN, PRETRAIN])
+def test_a_run_does_not_resume_with_other_classes(paths, capfd, command):
     data = shutil.copytree(paths["data"], paths["out"] / "data")
-    command = [*TRAIN.format(**paths).split(), "--data", data, "--method", method]
+    command = [*command.format(**paths).split(), "--data", data]
     interrupted(*command)
     (data / "classnames.txt").write_text("cyan\npink\nwhite\n")
     before = contents(paths["out"])
@@ -143,7 +143,6 @@ def test_a_run_does_not_resume_with_other_classes(paths, capfd, method):
     ("--method pretrain --weight-decay 0", dict(size="new", batch=64, steps=1000, length=65, source=None,
                                                 weight_decay=0.0, out="out/gsm8k-pretrain.pt")),
     ("--method pretrain --epochs 3", dict(epochs=3.0, steps=None)),
-    ("--method pretrain --epochs 3 --steps 7", dict(epochs=3.0, steps=7)),
     ("--ticket random --keep 0.1", dict(lr=0.01, keep=0.1, freeze=0.0, batch=128))])
 def test_a_run_has_the_values_of_its_flags_and_its_recipe(options, values):
     args = vars(train_lm.parse(["--data", "gsm8k", *options.split()]))
@@ -154,7 +153,7 @@ def test_a_run_has_the_values_of_its_flags_and_its_recipe(options, values):
 def test_the_run_without_flags_applies_those_that_are_given_to_every_stage(tmp_path, monkeypatch, code):
     """Catches: A flag replaces what makes a stage what it is, or a table that fails counts as success."""
     trained, commands = [], []
-    monkeypatch.setattr(train_lm, "train", lambda args, device: trained.append(args))
+    monkeypatch.setattr(train_lm, "train", lambda args, device, state: trained.append(args))
     monkeypatch.setattr(examples.subprocess, "run", lambda command, **options: (
         commands.append(command[1:]), SimpleNamespace(returncode=code))[1])
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,9 @@ import io
 import os
 import pickle
 import random
+import re
 import shutil
+import tarfile
 import time
 from pathlib import Path
 
@@ -78,7 +80,7 @@ MEANS = [(181, 149, 158), (116, 103, 90), (112, 113, 106), (127, 173, 142), (73,
 
 def test_the_pictures_change_only_with_their_version(drawn):
     """Catches: VERSION is left as it is, and pictures of older code are read from the cache."""
-    assert images.VERSION == 2
+    assert images.VERSION == 3
     difference = drawn["train"].images[:64:9].float().mean((2, 3)) - torch.tensor(MEANS).float()
     assert difference.abs().max() < 2  # room for other versions of Pillow and NumPy
     assert drawn["train"].captions[:3] == ["a photo of a red thing.", "a picture of a red square.",
@@ -111,7 +113,7 @@ def test_a_webdataset_folder_is_read_once_until_a_file_or_the_version_changes(ro
         check(images.load(spelled, "train", 32), TRAIN)
         check(images.load(spelled, "test", 32), TEST)
         monkeypatch.setattr(images, "pack", lambda *args: pytest.fail("read again"))
-    for size, version, labels in ((16, 2, TEST), (32, 3, TEST), (32, 2, [2, 1, 0])):
+    for size, version, labels in ((16, 3, TEST), (32, 4, TEST), (32, 3, [2, 1, 0])):
         monkeypatch.setattr(images, "VERSION", version)
         if labels != TEST:  # in a file of the same length
             write_files(root, {"test/0.tar": tar_bytes(pairs(labels))[0]})
@@ -296,7 +298,7 @@ def slow_pack(monkeypatch, threads, broken=(), odd=None):
         return Image.new("RGB", (80, 80) if i == odd else (60, 60), (i % 256, i // 256, 0))
 
     monkeypatch.setattr(images, "THREADS", threads)
-    samples = [(0, f"sample {i}", functools.partial(open_image, i)) for i in range(300)]
+    samples = [images.Sample(0, f"sample {i}", functools.partial(open_image, i)) for i in range(300)]
     return lambda: images.pack("here", "train", 64, ["a"], [], samples), opened
 
 
@@ -383,3 +385,83 @@ def test_what_is_damaged_or_missing_is_named_and_nothing_is_cached(tmp_path, cac
     with pytest.raises((ValueError, OSError), match=words):
         images.load(str(tmp_path / Path(file).parts[0]), "test", 32)
     assert not list(cache.rglob("*test*"))
+
+
+# What is read, and what is not
+
+def test_the_cache_is_that_of_the_files_behind_links(tmp_path, capsys):
+    """Catches: The old pixels are used after an image behind a link was replaced or added."""
+    pixels = write_files(tmp_path / "elsewhere", {"a.png": RED})
+    root = write_files(tmp_path / "set", {f"{split}/blue/a.png": BLUE for split in ("train", "test")})
+    (root / "train/red").symlink_to(pixels)
+    (root / "test/red").symlink_to(pixels)
+    for change, labels in (({}, [0, 1]), ({"b.png": RED}, [0, 1, 1]), ({"b.png": BLUE}, [0, 1, 1])):
+        write_files(pixels, change)
+        data = images.load(str(root), "train", 32)
+        assert data.labels.tolist() == labels and data.examples["count"] == len(labels)
+    assert data.images[2, 2].min() == 255 and data.examples != images.load(str(root), "test", 16).examples
+
+
+def test_hidden_entries_are_skipped_and_others_counted(tmp_path, capsys):
+    """Catches: .ipynb_checkpoints becomes a class, or images of other kinds are ignored without a word."""
+    gif = io.BytesIO()
+    Image.new("RGB", (32, 32), (255, 0, 0)).save(gif, "GIF")
+    root = write_files(tmp_path / "set", {f"{split}/{name}": data for split in ("train", "test") for name,
+                                          data in {
+        "red/a.png": RED, "red/b.gif": gif.getvalue(), "red/c.HEIC": b"", "red/more/d.png": RED,
+        "red/._a.png": b"",
+        ".ipynb_checkpoints/a.png": RED, "notes.txt": b""}.items()})
+    data = images.load(str(root), "train", 32)
+    check(data, [0, 0], ["red"], ["a photo of a {c}."])
+    assert f"{root}/train: 3 files not read: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode, color, expected", [
+    ("I;16", 65535, 255), ("I;16", 0x8000, 128), ("L", 128, 128), ("1", 1, 255), ("LA", (128, 0), 128),
+    ("P", 128, 128), ("CMYK", (0, 0, 0, 127), 128), ("I", 70000, None), ("F", 0.5, None)])
+def test_every_mode_of_pillow_is_read_or_refused(mode, color, expected):
+    """Catches: A 16-bit gray image is all white."""
+    image = Image.new(mode, (8, 8), color)
+    if mode == "P":
+        image = Image.new("L", (8, 8), color).convert("P")
+    if expected is None:
+        with pytest.raises(ValueError, match=f"mode {mode}: save it with 8 bits"):
+            images.resize_crop(image, 8)
+    else:
+        assert images.resize_crop(image, 8).unique().tolist() == [expected]
+
+
+FOLDER = {f"{split}/{name}/a.png": RED for split in ("train", "test") for name in ("a_b", "c")}
+FILE = "zeroshot_classification_templates.txt"
+
+
+@pytest.mark.parametrize("change, words", [
+    ({FILE: b"a photo of a {}.\n"}, f"{FILE}: 'a photo of a {{}}.' has no {{c}}"), ({FILE: b""}, FILE),
+    ({"train/a b/a.png": BLUE, "test/a b/a.png": BLUE}, "'a b' and 'a b' have the same prompts"),
+    ({"train/C/a.png": BLUE, "test/C/a.png": BLUE}, "'C' and 'c' have the same prompts"),
+    ({"classnames.txt": b"red\n\nblue\n", FILE: b"{c}"}, "classnames.txt: line 2 is blank"),
+    ({"classnames.txt": b"red\x0cfish\nblue", FILE: b"{c}", "train/nshards.txt": b"1",
+      "train/0.tar": tar_bytes([*pairs([0, 1]), *pairs([0])])[0]}, "0.tar: holds 2 files s0"),
+    ({"classnames.txt": b"red\nblue", FILE: b"{c}", "train/nshards.txt": b"9" * 5000}, "nshards.txt")])
+def test_labels_and_prompts_that_are_not_clear_are_refused(tmp_path, change, words):
+    """Catches: All classes have one prompt, a blank line moves all labels, or an image of a tar is lost."""
+    root = write_files(tmp_path / "set", FOLDER | change)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        data = images.load(str(root), "train", 32)
+        images.prompts(data.classes, data.templates)
+    with pytest.raises(ValueError, match="'crane' and 'crane' have the same"):
+        images.prompts(["crane", "heron", "crane"], ["a {c}"])
+
+
+def test_links_and_hidden_folders_in_a_tar_are_told_of_or_skipped(tmp_path, capsys):
+    root = write_webdataset(tmp_path / "set")
+    with tarfile.open(root / "test/0.tar", "a") as tar:
+        for name, data in {".ipynb_checkpoints/s0.cls": b"0", ".ipynb_checkpoints/s0.png": RED}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        link = tarfile.TarInfo("s9.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "s0.png"
+        tar.addfile(link)
+    check(images.load(str(root), "test", 32), TEST)
+    assert f"{root}/test: 1 files not read: links 1" in capsys.readouterr().out

@@ -4,17 +4,19 @@ import io
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from unittest import mock
 
+import conftest
 import helpers
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import EVAL, ROOT, TRAIN, TUNE_LM, call, contents, interrupted, one_line, read, same, spawn
+from conftest import PRETRAIN, ROOT, TRAIN, TUNE_LM, call, contents, interrupted, one_line, read, same, spawn
 
 import prt
 import train_lm
@@ -272,7 +274,7 @@ def test_ctrl_c_stops_the_processes_of_torchrun_once(texts, tmp_path):
 @pytest.mark.parametrize("module, saved", [(images, False), (weights, True)], ids=["before", "after"])
 def test_a_signal_before_or_after_training_ends_at_once(paths, monkeypatch, handlers, capfd, module, saved):
     monkeypatch.setattr(module, "load", lambda *args, **options: os.kill(os.getpid(), signal.SIGTERM))
-    assert call(*TRAIN.format(**paths).split(), "--method", "pretrain", "--size", "tiny") == 143
+    assert call(*PRETRAIN.format(**paths).split()) == 143
     assert "SIGTERM" in capfd.readouterr().err
     assert [*contents(paths["out"])] == [paths["out"] / "x.pt"] * saved
 
@@ -305,11 +307,13 @@ def test_a_diverged_run_keeps_the_last_good_checkpoint(paths, monkeypatch, capfd
     code = call(*TRAIN.format(**paths).split(), "--lr", "1e30", "--steps", "3")
     one_line(code, capfd.readouterr().err, "steps 2 to 2", "nan", "learning rate")
     assert list(contents(paths["out"])) == [paths["out"] / "x.pt"]
-    assert files.read(paths["out"] / "x.pt")["step"] == 1 and weights.load(paths["out"] / "x.pt", "prt")
+    assert files.read(paths["out"] / "x.pt")["step"] == 1
+    with pytest.raises(ValueError, match="x.pt.*an unfinished run, of 1 steps.*--resume"):
+        weights.load(paths["out"] / "x.pt", "prt")
 
 
 @pytest.mark.parametrize("command, options, other", [
-    (TRAIN, "--augment", "--seed 1"), (TRAIN, "--method pretrain --size tiny", "--accum 2"),
+    (TRAIN, "--augment", "--seed 1"), (PRETRAIN, "", "--accum 2"),
     (" ".join(TUNE_LM), "--method ft --recompute", "--length 99"),
     (" ".join(TUNE_LM), "--method pretrain", "--accum 2")])
 def test_an_interrupted_run_resumes_bit_for_bit(in_texts, paths, monkeypatch, capfd, command, options, other):
@@ -329,7 +333,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(in_texts, paths, monkeypatch, ca
 # The scripts as processes
 
 PROCESSES = {
-    "truncated reward": (EVAL + "--reward {cut}", "{cut}"),
+    "truncated reward": (conftest.EVAL + "--reward {cut}", "{cut}"),
     "cifar100 out of reach": (TRAIN + "--data cifar100", images.CIFAR_URL, "cache/cifar-100-python.tar.gz"),
     "no tokenizer": (" ".join(TUNE_LM) + " --source {bare} --out {out}/x.pt", "{bare}", "tokenizer.json"),
     "full disk": (TRAIN + "--resume --out {half}", "{half}"),  # while the last checkpoint is written
@@ -404,3 +408,78 @@ def test_score_texts_weighs_all_targets_equally():
     for chunk in (512, 5, 1):
         assert scores.score_texts(base, rewards, batches, chunk) == pytest.approx(want, rel=1e-4)
     assert abs(scores.score_texts(base, [], batches)["kl"]) < 1e-6
+
+
+# Terminals, pipes, and locks
+
+def test_text_from_outside_controls_no_terminal(capfd):
+    """Catches: An answer or a file name clears the screen, moves the cursor, or writes over a line."""
+    def script():
+        print("a\x1b[2J\x07\r\u202eb\tü 日 \x1b[48;5;203m\x1b[30mred\x1b[0m \x1b[30mhidden")
+        raise ValueError("x\r\n\x1b]0;title\x07y")
+
+    with pytest.raises(SystemExit):
+        runs.main(script)
+    printed, err = capfd.readouterr()
+    assert printed == ("a\\x1b[2J\\x07\\r\\u202eb\tü 日 \x1b[48;5;203m\x1b[30mred\x1b[0m \\x1b[30mhidden\n")
+    assert err == "error: x \\x1b]0;title\\x07y\n"
+
+
+@pytest.mark.parametrize("redirect", ["| head -1", "2>&-", "> /dev/full"])
+def test_training_goes_on_without_a_reader(texts, tmp_path, redirect):
+    """Catches: `| head -1` ends training, and what was learned since the last save is lost."""
+    command = " ".join(map(str, [sys.executable, ROOT / TUNE_LM[0], *TUNE_LM[1:], "--steps", 120, "--out",
+                                 "x.pt"]))
+    environment = os.environ | dict(PRT_CACHE=str(tmp_path), OMP_NUM_THREADS="1")
+    done = subprocess.run(["bash", "-c", f"cp -r {texts.folder}/. . && {command} {redirect}"], cwd=tmp_path,
+                          env=environment, capture_output=True, text=True)
+    assert read(tmp_path / "x.pt")["step"] == 120 and "Traceback" not in done.stderr
+    assert not [*tmp_path.glob("x.pt.*")]
+
+
+def test_two_runs_do_not_write_one_file(paths, capfd):
+    """Catches: The last one wins, and both exit with 0. What a killed run left is no obstacle."""
+    args, out = train_vision.parse(TRAIN.format(**paths).split()[1:]), paths["out"] / "x.pt"
+    for leftover in ("lock", "part"):
+        out.with_name(f"x.pt.{leftover}").write_bytes(b"killed")
+    with weights.run(args):
+        one_line(call(*TRAIN.format(**paths).split()), capfd.readouterr().err, f"{out}.lock",
+                 "another process, or run")
+    assert call(*TRAIN.format(**paths).split()) == 0 and [*contents(paths["out"])] == [out]
+
+
+@pytest.mark.parametrize("command, words", [
+    ("train_vision.py --warmup 400", "--warmup 400"), ("train_lm.py --reward-init nosuch.pt", "nosuch.pt"),
+    ("train_vision.py --accum 3", "--accum 3"), ("train_lm.py --steps 20 --epochs 2", "--epochs"),
+    (TRAIN + "--out {out}/", "--out"), (TRAIN + "--out {out}/" + "x" * 260, "File name too long"),
+    (TRAIN + "--warmup 2", "--warmup 2"), (PRETRAIN + "--beta 2", "--beta"),
+    (PRETRAIN + "--source {old}", "--source"),
+    (TRAIN + f"--seed {10**18}", "--seed"), (TRAIN + "--weight-decay -1", "--weight-decay"),
+    (TRAIN + "--alpha nan", "--alpha")])
+def test_a_run_that_cannot_go_through_is_refused_before_it_begins(paths, monkeypatch, capfd, command, words):
+    """Catches: The third of five stages fails after minutes, or a flag does nothing."""
+    monkeypatch.chdir(paths["out"])
+    monkeypatch.setattr(weights, "load", lambda *args, **options: pytest.fail("work has begun"))
+    one_line(call(*command.format(**paths).split()), capfd.readouterr().err, words)
+    assert not contents(paths["out"])
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(step=99), "has 99 steps"), (dict(step=-5), "step is -5"),
+    (dict(optimizer=dict(state={})), "optimizer"),
+    (dict(model={}), "weights are missing"), (dict(args=[]), "args")])
+def test_a_checkpoint_that_does_not_fit_is_not_resumed(paths, capfd, change, words):
+    """Catches: Training goes on from step -5, or "finishes" untrained at step 99 of 2."""
+    out = paths["out"] / "x.pt"
+    interrupted(*TRAIN.format(**paths).split())
+    torch.save(read(out) | change, out)
+    one_line(call(*TRAIN.format(**paths).split(), "--resume"), capfd.readouterr().err, "--resume", out, words)
+
+
+def test_a_run_does_not_go_on_with_another_source(paths, capfd):
+    """Catches: The source was trained anew under its old name, and --resume goes on through other logits."""
+    old = shutil.copy(paths["old"], paths["out"] / "old.pt")
+    command = TRAIN.format(**paths | dict(old=old)).split()
+    interrupted(*command)
+    shutil.copy(paths["new"], old)
+    one_line(call(*command, "--resume"), capfd.readouterr().err, paths["out"] / "x.pt", "source")

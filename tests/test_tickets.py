@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 import prt
 from data import files
-from models import pretrain, scores, ticket_files, tickets, weights
+from models import pretrain, scores, tickets, weights
 from models.clip import Classifier, image_tower
 from models.gpt import GPT
 
@@ -162,7 +162,7 @@ def test_a_saved_and_loaded_image_ticket_gives_the_same_logits(paths, fit, tmp_p
     # Convolutions of the same numbers at another place in memory may differ by rounding.
     assert torch.allclose(scores.predict(loaded, images), scores.predict(policy, images), atol=1e-5)
     bits = sum(m.size for m in policy.modules() if isinstance(m, tickets.MaskedWeight))
-    content = ticket_files.read(path)
+    content = files.read(path)
     assert len(content["ticket"]["masks"]) == -(-bits // 8) and "model" not in content
     assert fixture or path.stat().st_size < bits / 8 + 2500
 
@@ -170,7 +170,7 @@ def test_a_saved_and_loaded_image_ticket_gives_the_same_logits(paths, fit, tmp_p
 @pytest.mark.parametrize("kind", ["random", "base"])
 def test_the_bits_of_a_ticket_are_those_of_its_scores_in_order_of_names(in_texts, fit, tmp_path, kind):
     path, ids = text_ticket(tmp_path, kind), torch.randint(0, 500, (2, 9))
-    content, policy, loaded = ticket_files.read(path), fit.call_args.args[0], weights.load(path, "prt")
+    content, policy, loaded = files.read(path), fit.call_args.args[0], weights.load(path, "prt")
     assert loaded(ids).equal(policy(ids))
     bits, at, old = np.unpackbits(content["ticket"]["masks"].numpy()), 0, weights.load(content["source"])
     for name in sorted(name for name, p in old.named_parameters() if p.ndim > 1 and "embed" not in name):
@@ -191,7 +191,7 @@ def test_a_text_ticket_answers_a_prompt_and_knows_its_tokenizer_by_its_hash(in_t
     for flags in ([], ["--speculative"]):
         assert call(*command, *flags) == 0
         assert "base + reward (PRT):" in capfd.readouterr().out
-    write(path, ticket_files.read(path) | dict(tokenizer="0" * 64))
+    write(path, files.read(path) | dict(tokenizer="0" * 64))
     one_line(call(*command), capfd.readouterr().err, path, "00000000", "must have the same tokenizer")
 
 
@@ -216,7 +216,7 @@ def test_eval_takes_a_ticket_as_any_reward_and_shows_bytes(paths, table, capfd, 
 
 def test_a_damaged_ticket_is_refused(paths, tmp_path):
     path = image_ticket(paths, "random", "--freeze", 0.5)
-    content, data = ticket_files.read(path), path.read_bytes()
+    content, data = files.read(path), path.read_bytes()
     randperm, randint = torch.randperm, torch.randint
     for name, other in (("randperm", lambda *a, **k: randperm(*a, **k).flip(0)),
                         ("randint", lambda *a, **k: 1 - randint(*a, **k))):
@@ -236,8 +236,8 @@ def test_a_damaged_ticket_is_refused(paths, tmp_path):
     edited += [(dict(ticket=content["ticket"] | change), message) for change, message in [
         (dict(masks=[1, 2]), ""), (dict(masks=torch.zeros(size, dtype=torch.int8)), f"masks of {size} bytes"),
         (dict(freeze=0.9), f"masks of {size} bytes for a network that needs 1434"),
-        (dict(freeze=1.0), "freeze 1.0"), (dict(keep=0.0), "keep 0.0"), (dict(seed="x"), ""),
-        (dict(kind="golden"), "kind 'golden'"), (dict(seed=1), "another version of torch"),
+        (dict(freeze=1.0), "freeze is 1.0"), (dict(keep=0.0), "keep is 0.0"), (dict(seed="x"), ""),
+        (dict(kind="golden"), "kind is 'golden'"), (dict(seed=1), "another version of torch"),
         (dict(keep=0.4), "another version of torch")]]
     for change, message in edited:
         write(path, content | change)
@@ -249,7 +249,7 @@ def test_a_damaged_ticket_is_refused(paths, tmp_path):
 
 def agreement(a, b):
     """Returns the share of the bits that are the same in the masks of two files."""
-    bits = [np.unpackbits(ticket_files.read(path)["ticket"]["masks"].numpy()) for path in (a, b)]
+    bits = [np.unpackbits(files.read(path)["ticket"]["masks"].numpy()) for path in (a, b)]
     return (bits[0] == bits[1]).mean()
 
 
@@ -257,11 +257,12 @@ def test_an_unfinished_ticket_is_no_model_and_does_not_resume_over_other_weights
     old = shutil.copy(paths["old"], tmp_path / "old.pt")
     command = *TRAIN.format(**paths | dict(old=old)).split(), "--ticket", "base"
     interrupted(*command)
-    with pytest.raises(ValueError, match="x.pt: .*an unfinished ticket: continue its run with --resume"):
+    with pytest.raises(ValueError,
+                       match="x.pt: .*an unfinished run, of 1 steps so far: continue it with --resume"):
         weights.load(paths["out"] / "x.pt", "prt")
     shutil.copy(paths["new"], old)
     capfd.readouterr()
-    one_line(call(*command, "--resume"), capfd.readouterr().err, "--resume", "x.pt", "other weights")
+    one_line(call(*command, "--resume"), capfd.readouterr().err, "--resume", "x.pt", "its source changed")
 
 
 @pytest.mark.parametrize("script", ["train_vision", "train_lm"])

@@ -9,6 +9,7 @@ import time
 import pytest
 from conftest import FIXTURES
 
+import data.tokenizer
 from data.bpe import LETTERS
 from data.clip_tokenizer import clip_tokens
 from data.tokenizer import Tokenizer
@@ -78,12 +79,16 @@ def test_a_long_text_of_clip_keeps_its_end_token():
 
 @pytest.mark.parametrize("name", ["llama3_tokenizer", "qwen2_tokenizer", "gpt2"])
 def test_the_ids_are_those_of_the_reference(tmp_path, name):
-    """Catches: Words or merges differ, or of GPT-2's files the merge "# #" is taken for a comment."""
+    """Catches: Words or merges differ, "# #" is taken for a comment, or Qwen2 is split as GPT-2."""
     if name == "gpt2":
         merges = gzip.decompress((FIXTURES / "gpt2_merges.txt.gz").read_bytes()).decode()
         words = [*LETTERS, *(line.replace(" ", "") for line in merges.splitlines()), "<|endoftext|>"]
         (tmp_path / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}), "utf-8")
         (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}", "utf-8")
+        (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+        with pytest.raises(ValueError, match="qwen2 without tokenizer.json.*save a fast tokenizer"):
+            gpt.tokenizer_text(str(tmp_path))
+        (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
         tokenizer = Tokenizer(gpt.tokenizer_text(str(tmp_path)), name)
         assert tokenizer.size == 50257 and tokenizer.begin == []
         assert tokenizer.decode([50256]) == "<|endoftext|>"
@@ -185,12 +190,13 @@ def test_a_long_text_without_spaces_takes_seconds():
 
 # Parts of a tokenizer.json
 
-END, TEXT = dict(SpecialToken=dict(id="<|end|>", type_id=0)), dict(Sequence=dict(id="A", type_id=0))
-BEGINS, ENDS = (dict(type="TemplateProcessing", single=parts) for parts in ([END, TEXT], [TEXT, END]))
+START, END = (dict(SpecialToken=dict(id=text, type_id=0)) for text in ("<s>", "<|end|>"))
+TEXT, TEMPLATE = dict(Sequence=dict(id="A", type_id=0)), dict(type="TemplateProcessing")
+BEGINS = TEMPLATE | dict(single=[END, TEXT])
 
 
 @pytest.mark.parametrize("post, begins", [
-    (None, False), (dict(type="ByteLevel"), False), (ENDS, False), (BEGINS, True),
+    (None, False), (dict(type="ByteLevel"), False), (TEMPLATE | dict(single=[TEXT]), False), (BEGINS, True),
     (dict(type="Sequence", processors=[dict(type="ByteLevel"), BEGINS]), True)])
 def test_the_template_may_begin_every_text_with_a_token(post, begins):
     """Catches: Llama's begin token is forgotten, is there twice, or a token that ends texts begins them."""
@@ -225,9 +231,10 @@ REFUSED = {  # the changed dict, or its JSON, and words of the message
     "normalizer": (changed(LLAMA3, normalizer=dict(type="Prepend", prepend="▁")), "Prepend", "SentencePiece"),
     "no pre-tokenizer": (changed(LLAMA3, pre_tokenizer=None), "pre_tokenizer"),
     "Unigram": (changed(LLAMA3, "model", type="Unigram"), "Unigram"),
-    "word parts": (changed(LLAMA3, "model", continuing_subword_prefix="##"), '"##"'),
-    "word ends": (changed(LLAMA3, "model", end_of_word_suffix="</w>"), '"end_of_word_suffix": "</w>"'),
-    "dropout": (changed(LLAMA2, "model", dropout=0.1), '"dropout": 0.1'),
+    "word parts": (changed(LLAMA3, "model", continuing_subword_prefix="##"),
+                   "continuing_subword_prefix '##'"),
+    "word ends": (changed(LLAMA3, "model", end_of_word_suffix="</w>"), "end_of_word_suffix '</w>'"),
+    "dropout": (changed(LLAMA2, "model", dropout=0.1), "dropout 0.1"),
     "ids not in merge order": (changed(small(), "model", "vocab", he=257, ll=256), "merge l l has a smaller"),
     "two splits": (changed(LLAMA3, "pre_tokenizer", pretokenizers=[SPLITS[0], *SPLITS]), "not one isolated"),
     "split and GPT-2's own pattern": (changed(LLAMA3, *LEVEL, use_regex=True), "not one isolated Split"),
@@ -236,8 +243,21 @@ REFUSED = {  # the changed dict, or its JSON, and words of the message
     "no split": (changed(small(), "pre_tokenizer", use_regex=False), "not one isolated Split"),
     "prefix space": (changed(LLAMA3, *LEVEL, add_prefix_space=True), "prefix space"),
     "no regular expression": (changed(LLAMA3, *SPLIT, pattern=dict(Regex="(")), "tokenizer.json"),
-    "begin token": (changed(LLAMA3, post_processor=dict(single=[dict(SpecialToken=dict(id="<s>"))])), "<s>"),
-    "no bytes": (changed(LLAMA3, "model", vocab={}, merges=[]), "256 of the 256 bytes"),
+    "unknown begin": (changed(LLAMA3, post_processor=TEMPLATE | dict(single=[START, TEXT])), "<s>"),
+    "end token": (small(post_processor=TEMPLATE | dict(single=[TEXT, END])), "behind a text"),
+    "another id of the template": (small(post_processor=BEGINS | dict(special_tokens={"<|end|>": dict(
+        ids=[7])})), "<|end|> the ids [7]"),
+    "other post_processor": (small(post_processor=dict(type="RobertaProcessing")), "RobertaProcessing"),
+    "no bytes": (changed(LLAMA3, "model", vocab={}, merges=[], added_tokens=[]), "added token"),
+    "ids that are not next": (small(added_tokens=[dict(id=400, content="<|user|>")]), "not 261"),
+    "an added token twice": (small(added_tokens=[dict(id=261 + i, content="x y") for i in (0, 1)]), "x y"),
+    "a token that takes spaces": (small(added_tokens=[dict(id=261, content="x y", lstrip=True)]), "x y"),
+    "a pattern that matches nothing": (changed(LLAMA3, *SPLIT, pattern=dict(Regex=r"\\p{L}*|\\s")),
+                                       "nothing"),
+    "a pattern that may match nothing": (changed(LLAMA3, *SPLIT, pattern=dict(Regex="(?<=qq)")), "nothing"),
+    "an unknown key": (changed(LLAMA3, "model", max_input_chars=3), "max_input_chars 3"),
+    "a key twice": (json.dumps(small())[:-1] + ', "normalizer": {"type": "NFC"}}', "twice"),
+    "another decoder": (small(decoder=dict(type="WordPiece")), "WordPiece"),
     "merge of no token": (changed(LLAMA3, "model", merges=[["zz", "zz"]]), "zzzz"),
     "merge of three": (changed(LLAMA3, "model", merges=["a b c"]), ""),
     "an id twice": (changed(small(), "model", "vocab", A=5), "same id"),
@@ -267,18 +287,86 @@ ALWAYS = METASPACE | dict(prepend_scheme="always")
 
 
 @pytest.mark.parametrize("same, variants", [
-    (True, [small(), small(post_processor=BEGINS), small(more=["<|end|>"]), small(special="<|stop|>"),
-            changed(small(), "model", merges=[" ".join(merge) for merge in MERGES]),
-            small(added_tokens=[dict(id=261, content="<|end|>"), dict(id=400, content="<|user|>")])]),
-    (True, [LLAMA2, llama2(added_tokens=[*LLAMA2["added_tokens"], dict(id=800, content="<pad>")]),
-            llama2(post_processor=None), llama2(normalizer=None, pre_tokenizer=METASPACE),
+    (True, [small(), small(more=["<|end|>"]),
+            changed(small(), "model", merges=[" ".join(merge) for merge in MERGES])]),
+    (True, [LLAMA2, llama2(normalizer=None, pre_tokenizer=METASPACE),
             llama2(normalizer=None, pre_tokenizer=ALWAYS),
             llama2(decoder=DECODER | dict(decoders=DECODER["decoders"][:3]))]),
     (False, [small(), small(MERGES[:4]), small([*MERGES, ("a", "b")]), small(normalizer=dict(type="NFC")),
-             small(pre_tokenizer=LLAMA3["pre_tokenizer"]), changed(small(), "model", "vocab", A=33, B=32)]),
-    (False, [LLAMA2, llama2(RULES[:-1]), llama2([RULES[1], RULES[0], *RULES[2:]]), llama2(more=["qqq"]),
+             small(pre_tokenizer=LLAMA3["pre_tokenizer"]), changed(small(), "model", "vocab", A=33, B=32),
+             small(post_processor=BEGINS), small(special="<|stop|>"),
+             *(small(added_tokens=[dict(id=261, content="<|end|>", **flags)])
+               for flags in ({}, dict(normalized=True)))]),
+    (False, [LLAMA2, llama2(added_tokens=[*LLAMA2["added_tokens"], dict(id=800, content="<pad>")]),
+             llama2(post_processor=None), llama2(RULES[:-1]), llama2([RULES[1], RULES[0], *RULES[2:]]),
+             llama2(more=["qqq"]),
              changed(LLAMA2, "model", "vocab", e=PIECES["a"], a=PIECES["e"])])],
     ids=["same byte-level", "same SentencePiece", "other byte-level", "other SentencePiece"])
 def test_the_hash_changes_if_and_only_if_a_token_of_a_text_can_change(same, variants):
     """Catches: A reward is refused for a chat model, or is put on a model whose ids mean other words."""
     assert len({make(d).hash for d in variants}) == (1 if same else len(variants))
+
+
+# Added tokens that are not special, with the ids of the tokenizers library (0.23.3)
+
+def added(d, *contents, **flags):
+    """Returns a tokenizer.json's dict with more tokens that are matched in text, and the file's own."""
+    vocab, tokens = d["model"]["vocab"], [*d["added_tokens"]]
+    first = max([len(vocab) - 1, *(t["id"] for t in tokens)]) + 1
+    for content in contents:
+        tokens.append(dict(id=vocab.get(content, first), content=content, special=False) | flags)
+        first += content not in vocab
+    return d | dict(added_tokens=tokens)
+
+
+QWEN2 = json.loads(TEXTS["qwen2_tokenizer"]) | dict(normalizer=dict(type="NFC"))
+ALL = METASPACE | dict(prepend_scheme="always")
+
+
+@pytest.mark.parametrize("d, text, ids", [
+    (added(QWEN2, "ab", "abc", "bcd"), "xabcd", [87, 1503, 67]),
+    (added(QWEN2, "ab", "abc", "bcd"), "xabbcd", [87, 535, 1504]),
+    (added(QWEN2, "café"), "cafe\u0301", [66, 1032, 127, 102]),
+    (added(QWEN2, "cafe\u0301", normalized=True), "café", [1503]),
+    (added(QWEN2, "<x>"), "e<x>\u0301", [68, 1503, 136, 223]),
+    *((added(llama2(**parts), "<|x|>"), text, ids) for parts, every in (
+        ({}, [("a<|x|>b", [261, 800, 272]), ("a <|x|> b", [261, 699, 800, 699, 272]),
+              (" <|x|>", [287, 800])]),
+        (dict(normalizer=None, pre_tokenizer=METASPACE),
+         [("a<|x|>b", [261, 800, 720]), ("a <|x|> b", [261, 699, 800, 272]), (" <|x|>", [699, 800])]),
+        (dict(normalizer=None, pre_tokenizer=ALL), [("a<|x|>b", [261, 800, 272])])) for text, ids in every)])
+def test_added_tokens_are_matched_as_in_the_tokenizers_library(d, text, ids):
+    """Catches: <tool_call> is spelled out, the shorter of two tokens wins, or Llama's space is lost."""
+    tokenizer = make(d)
+    assert tokenizer.encode(text) == ids
+    assert tokenizer.special == {t["content"] for t in d["added_tokens"] if t.get("special")}
+
+
+def test_ids_without_a_token_are_left_out():
+    """Catches: A sampled id of a gap is a KeyError."""
+    d = changed(small(), "model", "vocab", gap=300)
+    assert make(d | dict(added_tokens=[])).decode([32, 290,
+                                                   32]) == make(d | dict(added_tokens=[])).decode([32, 32])
+
+
+@pytest.mark.parametrize("file, content", [
+    ("tokenizer_config.json", dict(add_prefix_space=True)),
+    ("tokenizer_config.json", dict(add_bos_token=True)),
+    ("added_tokens.json", {"<new>": 300}), ("tokenizer_config.json", dict(added_tokens_decoder={"300": dict(
+        content="<new>")}))])
+def test_files_beside_those_of_gpt2_that_change_ids_are_refused(tmp_path, file, content):
+    """Catches: A file that transformers applies is not looked at, and every text gets other ids."""
+    d = small(special="<|endoftext|>")["model"]
+    for name, text in {"config.json": '{"model_type": "gpt2"}', "vocab.json": json.dumps(d["vocab"]),
+                       "merges.txt": "\n".join(map(" ".join, d["merges"])),
+                       file: json.dumps(content)}.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match="changes the ids"):
+        gpt.tokenizer_text(str(tmp_path))
+
+
+def test_a_text_on_which_tiktoken_panics_is_a_value_error(monkeypatch):
+    """Catches: pyo3's PanicException, which no handler of errors catches, ends the program."""
+    monkeypatch.setattr(data.tokenizer, "LONGEST_RUN", 10**9)
+    with pytest.raises(ValueError, match="tiktoken cannot split 'a  "):
+        make(LLAMA3).encode("a" + " " * 10**6 + "b")

@@ -148,7 +148,7 @@ def deepened(tensors):
     ("llama3", OLD_ROPE | dict(rope_scaling=SCALING | dict(type="llama3")), {}),
     ("llama2", dict(rope_parameters=None), {}),  # Llama 2's own config.json names no rope_theta
     *(("gpt2", dict(eos_token_id=value), dict(end=end)) for value, end in (
-        ([None], None), (0, 0), (511, 511), ([7, 8], 7))),
+        (None, None), (0, 0), (511, 511), ([7, 8], 7))),
     ("openclip_convnext", vision(timm_drop=0.1, timm_drop_path=None, timm_model_pretrained=True,
                                  timm_pool="avg", timm_model_name="convnext_large"), dict(image_size=64)),
     ("openclip_convnext", vision(image_size=320), dict(image_size=320))])
@@ -161,25 +161,26 @@ def test_older_keys_and_options_that_change_no_feature_are_read(tmp_path, name, 
 
 @pytest.mark.parametrize("name, buffers", [
     ("gpt2", {"transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64),
-              "transformer.h.1.attn.masked_bias": torch.ones(1), "lm_head.weight": torch.ones(512, 48)}),
+              "transformer.h.1.attn.masked_bias": torch.ones(1)}),
     ("llama2", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})], ids=["gpt2", "llama2"])
 def test_buffers_of_old_files_are_skipped(tmp_path, name, buffers):
     assert_features(weights.load(edited(tmp_path, name, tensors_of(name) | buffers)), name)
 
 
 @pytest.mark.parametrize("name, change, word", [
-    ("llama3", dict(rope_parameters=dict(rope_type="yarn")), "rope_type yarn"),
-    ("llama3", OLD_ROPE | dict(rope_scaling=dict(type="linear", factor=2.0)), "rope_type linear"),
-    *((name, {key: value}, f"{key} {value}") for name, key, value in [
+    ("llama3", dict(rope_parameters=dict(rope_type="yarn")), "rope_type is 'yarn'"),
+    ("llama3", OLD_ROPE | dict(rope_scaling=dict(type="linear", factor=2.0)), "type is 'linear'"),
+    *((name, {key: value}, key) for name, key, value in [
         ("llama2", "model_type", "mistral"), ("llama2", "attention_bias", True), ("llama2", "mlp_bias", True),
         ("llama2", "hidden_act", "gelu"), ("llama2", "quantization_config", dict(bits=4)),
         ("qwen2", "use_sliding_window", True), ("gpt2", "activation_function", "relu"),
         ("gpt2", "scale_attn_weights", False), ("gpt2", "scale_attn_by_inverse_layer_idx", True)]),
-    *(("llama2", {key: None}, f"lacks {key}") for key in ("model_type", "vocab_size", "rms_norm_eps")),
+    *(("llama2", {key: None}, key) for key in ("model_type", "vocab_size", "rms_norm_eps")),
     *(("llama2", {key: value}, word) for key, value, word in [
-        ("num_hidden_layers", 3000, "layers in"), ("num_hidden_layers", 2, "layers.2."),
-        ("num_attention_heads", 5, "5 heads"), ("num_key_value_heads", 3, "k_proj"),
-        ("intermediate_size", 10**12, "mlp"), ("vocab_size", 511, "embed"), ("head_dim", 8, "heads of 8"),
+        ("num_hidden_layers", 3000, "num_hidden_layers is 3000"), ("num_hidden_layers", 2, "layers.2."),
+        ("num_attention_heads", 5, "5 heads"), ("num_key_value_heads", 3, "3 of keys"),
+        ("intermediate_size", 10**12, "intermediate_size"), ("vocab_size", 511, "embed"),
+        ("head_dim", 8, "q_proj"),
         ("rope_parameters", [1], ""), ("eos_token_id", 512, "token is 512")]),
     *(("openclip_convnext", vision(**{key: value}), key) for key, value in [
         ("timm_model_name", "convnextv2_base"), ("timm_model_name", "convnext_xxlarge"), ("timm_pool", "max"),
@@ -188,9 +189,9 @@ def test_buffers_of_old_files_are_skipped(tmp_path, name, buffers):
     *(("openclip_vit", vision(**{key: value}), word) for key, value, word in [
         ("pool_type", "avg", "pool_type"), ("timm_model_name", "vit", "timm_model_name"),
         ("head_width", 48, "does not split"), ("head_width", 0, ""), ("head_width", "x", "")]),
-    ("openclip_vit", dict(model_cfg=dict(text_cfg=dict(heads=1.5))), "does not split into"),
+    ("openclip_vit", dict(model_cfg=dict(text_cfg=dict(heads=1.5))), "heads is 1.5"),
     ("openclip_vit", dict(model_cfg=dict(text_cfg=dict(hf_model_name="roberta"))), "hf_model_name"),
-    ("openclip_vit", dict(model_cfg=dict(custom_text=True)), "custom_text"),
+    ("openclip_vit", dict(model_cfg=dict(multimodal_cfg=dict(layers=2))), "multimodal_cfg"),
     ("openclip_vit", dict(preprocess_cfg=dict(mean=[0.5, "x", 0.5])), "")])
 def test_unsupported_options_and_values_that_do_not_fit_are_refused(tmp_path, name, change, word):
     """Catches: A variant is loaded as if it were the plain model, or modules are built for hours."""
@@ -295,8 +296,13 @@ def checkpoint_of(kind, name, **header):
     model = load(name)
     if kind == "classifier":
         model = classifier(model, expected(name)["tokens"][:, None])
-    text = dict(tokenizer=TOKENIZERS["llama3"], template="{}") if kind == "gpt" else {}
-    return dict(kind=kind, arch=model.arch, step=3) | text | header | dict(model=model.state_dict()), model
+    names = [f"class {i}" for i in range(len(model.head))] if kind == "classifier" else ["a class"]
+    labels = dict(tokenizer=TOKENIZERS["llama3"], template="{}") if kind == "gpt" else dict(
+        classes=names, templates=["a photo of a {c}."])
+    if kind == "classifier" or "method" in header:
+        labels |= dict(method="prt", beta=0.5, source="old.pt")
+    return dict(kind=kind, arch=model.arch, step=3, data="x", args=dict(hold_out=0.0),
+                **labels | header, model=model.state_dict()), model
 
 
 @torch.no_grad()
@@ -304,8 +310,8 @@ def checkpoint_of(kind, name, **header):
     ("gpt", "gpt2", "prt"), ("gpt", "llama3", "ft"), ("clip", "openclip_rn", None),
     ("classifier", "openclip_vit", "prt"), ("classifier", "openclip_convnext", "prt")])
 def test_checkpoint_gives_its_model_back(tmp_path, kind, name, method):
-    checkpoint, model = checkpoint_of(kind, name, **(dict(method=method, beta=0.5) if method else {}))
-    files.save(tmp_path / "r.pt", checkpoint | dict(optimizer=dict(step=torch.ones(()))))
+    checkpoint, model = checkpoint_of(kind, name, **(dict(method=method) if method else {}))
+    files.save(tmp_path / "r.pt", checkpoint)
     again = weights.load(tmp_path / "r.pt", method or "base", text=kind == "gpt")
     assert again.arch == model.arch
     assert again.info == {k: v for k, v in checkpoint.items() if k != "model"}
@@ -319,11 +325,12 @@ def test_checkpoint_gives_its_model_back(tmp_path, kind, name, method):
 @pytest.mark.parametrize("kind, method, role, text, words", [
     ("gpt", "prt", "base", True, "r.pt is a reward for text; a base for text is needed here"),
     ("gpt", "ft", "prt", None, "r.pt is a fine-tuned model for text; a reward for text is"),
-    ("gpt", "base", "base", False, "r.pt is a base for text; a base for images is"),
-    ("clip", "base", "ft", None, "r.pt is a base for images; a fine-tuned model for images is"),
+    ("gpt", None, "base", False, "r.pt is a base for text; a base for images is"),
+    ("clip", None, "ft", None, "r.pt is a base for images; a fine-tuned model for images is"),
     ("classifier", "prt", None, True, "r.pt is a reward for images; a reward for text is")])
 def test_model_of_another_role_is_refused(tmp_path, kind, method, role, text, words):
-    checkpoint, _ = checkpoint_of(kind, "llama3" if kind == "gpt" else "openclip_vit", method=method)
+    header = dict(method=method) if method else {}
+    checkpoint, _ = checkpoint_of(kind, "llama3" if kind == "gpt" else "openclip_vit", **header)
     refused(saved(tmp_path / "r.pt", checkpoint), words, role=role, text=text)
     for name, other in ("openclip_vit", True), ("llama3", False):
         refused(FIXTURES / name, "config.json", kind=FileNotFoundError, text=other)
@@ -336,15 +343,16 @@ def test_model_of_another_role_is_refused(tmp_path, kind, method, role, text, wo
         dict(arch=None), dict(model=None), dict(model=[]), dict(kind="other"), dict(method="rlhf")]),
     *(("gpt", "llama3", dict(arch={key: None}), key) for key in ("vocab", "rope", "layer_norm", "bias")),
     *((kind, name, dict(arch=change), word) for kind, name, change, word in [
-        ("gpt", "llama3", dict(layers=3000), "layers in"), ("gpt", "llama3", dict(layers=2), "layers.2."),
-        ("gpt", "llama3", dict(heads=2), "heads"), ("gpt", "llama3", dict(tied=False), "lm_head"),
+        ("gpt", "llama3", dict(layers=3000), "layers is 3000"),
+        ("gpt", "llama3", dict(layers=2), "layers.2."),
+        ("gpt", "llama3", dict(heads=2), "q_proj"), ("gpt", "llama3", dict(tied=False), "lm_head"),
         ("gpt", "llama3", dict(layer_norm=True), "norm"), ("gpt", "llama3", dict(gated_mlp=False), "gate"),
         ("gpt", "llama3", dict(qkv_bias=True), "q_proj.bias"), ("gpt", "llama3", dict(bias=True), "bias"),
-        ("clip", "openclip_vit", dict(layers=[1, 1, 1, 3000]), "layers in"),
+        ("clip", "openclip_vit", dict(layers=[1, 1, 1, 3000]), "layers is"),
         ("clip", "openclip_vit", dict(layers=1), "resblocks"),
         ("clip", "openclip_vit", dict(embed_dim=16), "proj"),
         ("clip", "openclip_vit", dict(image_size=40), "positional_embedding"),
-        ("classifier", "openclip_convnext", dict(layers=[1, 1, 3000, 1]), "layers in"),
+        ("classifier", "openclip_convnext", dict(layers=[1, 1, 3000, 1]), "layers is"),
         ("classifier", "openclip_convnext", dict(layers=[1, 1, 3, 1]), "blocks.2"),
         ("classifier", "openclip_convnext", dict(widths=[10**12] * 4), ""),
         ("classifier", "openclip_convnext", dict(mlp_head=True), "mlp.fc1"),
@@ -357,8 +365,7 @@ def test_damaged_checkpoint_is_refused(tmp_path, kind, name, change, word):
 # Numbers of the wrong type
 
 WRONG = ["x", [], True, -1, math.inf]
-UNREAD = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout", "attention_dropout",
-          "initializer_range", "bos_token_id", "pretraining_tp", "max_window_layers")
+UNREAD = ("attention_dropout", "initializer_range", "bos_token_id", "pretraining_tp", "max_window_layers")
 
 
 def numbers(values):
@@ -367,7 +374,8 @@ def numbers(values):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen2"])
 def test_wrong_numbers_in_a_config_are_refused_if_they_are_read(tmp_path, name):
-    folder = edited(tmp_path, name, **dict.fromkeys(UNREAD, "x"))
+    dropout = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout") if name == "gpt2" else ()
+    folder = edited(tmp_path, name, **dict.fromkeys((*UNREAD, *dropout), "x"))
     assert_features(weights.load(folder), name)
     config = json.loads((folder / "config.json").read_text())
     wrong = [{key: value} for key in numbers(config) for value in WRONG]
@@ -408,12 +416,11 @@ def small(rows, tokenizer="llama3", added=()):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rows, added, printed", [
-    ((1503, 1503), [], 0), ((1536, 1536), [], 1), ((1536, 1520), [], 1),
-    ((1503, 1504), [dict(id=1503, content="<|tool|>")], 1)])
-def test_padded_rows_and_special_tokens_of_one_model_are_cut_and_named_once(capsys, rows, added, printed):
+@pytest.mark.parametrize("rows, printed", [
+    ((1503, 1503), 0), ((1536, 1536), 1), ((1536, 1520), 1)])
+def test_padded_rows_are_cut_and_named_once(capsys, rows, printed):
     """Catches: An id without text is chosen (Qwen2.5 has 151,936 or 152,064 rows for 151,665 tokens)."""
-    models, ids = dict(base=small(rows[0]), reward=small(rows[1], added=added)), random_ids(2, 5)
+    models, ids = dict(base=small(rows[0]), reward=small(rows[1])), random_ids(2, 5)
     want = [model(ids)[..., :1503] for model in models.values()]
     for _ in range(2):
         tokenizer = gpt.same_vocabulary(models)
@@ -428,8 +435,11 @@ def test_padded_rows_and_special_tokens_of_one_model_are_cut_and_named_once(caps
 @pytest.mark.parametrize("base, reward, words", [
     ((1503, "llama3"), (1503, "qwen2"), "org/new.*out/reward.pt"),
     ((1503, ""), (1503, "llama3"), "org/new.*tokenizer.json"),
-    ((1503, "llama3"), (1400, "llama3"), "1503.*'out/reward.pt': 1400")])
+    ((1503, "llama3"), (1400, "llama3"), "1503.*'out/reward.pt': 1400"),
+    ((1503, "llama3"), (1504, "llama3", [dict(id=1503, content="<|tool|>", special=True)]),
+     "same tokenizer")])
 def test_different_tokenizers_and_too_few_rows_are_refused(base, reward, words):
+    """Catches: Special tokens are not compared, and Qwen2.5's have another meaning in Qwen3."""
     with pytest.raises(ValueError, match=words):
         gpt.same_vocabulary({"org/new": small(*base), "out/reward.pt": small(*reward)})
 
@@ -468,3 +478,110 @@ def test_no_weight_is_in_memory_twice_and_a_damaged_head_width_takes_none(tmp_pa
     for (growth, size), least, limit in (half, 100, 1.8), (full, 200, 1.5):
         assert size > least
         assert 0.8 * size < growth < limit * size
+
+
+# Every key of a file is read, known to be without effect, or refused
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("tied", [True, None])
+def test_an_output_matrix_of_its_own_is_used_although_the_config_ties_it(tmp_path, name, tied):
+    """Catches: lm_head.weight is skipped unseen, and all logits are others. None: as the family's default."""
+    tensors = tensors_of(name)
+    embedding = next(x for k, x in tensors.items() if k.endswith(("wte.weight", "embed_tokens.weight")))
+    config = {} if tied is None and name == "gpt2" else dict(tie_word_embeddings=True)
+    same = edited(tmp_path / "same", name, tensors | {"lm_head.weight": embedding.clone()}, **config)
+    other = edited(tmp_path / "other", name, tensors | {"lm_head.weight": 2 * embedding.flip(0)}, **config)
+    ids, tied_model, model = expected(name)["ids"], weights.load(same), weights.load(other)
+    assert tied_model.arch["tied"] and tied_model.lm_head is None and not model.arch["tied"]
+    assert torch.allclose(model(ids), 2 * tied_model(ids).flip(-1), atol=1e-5)
+
+
+def model_cfg(**change):
+    return dict(model_cfg=change)
+
+
+@pytest.mark.parametrize("name, change, word", [
+    *(("llama3", change, word) for change, word in [
+        (dict(rope_scaling=dict(rope_type="linear", factor=2.0)), "disagree"),
+        (dict(rope_theta=3.0), "disagree"),
+        (dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor 0.5"),
+        (dict(rope_parameters=dict(factor=None)), "factor is missing"),
+        (dict(layer_types=["sliding_attention"]), "layer_types"),
+        (dict(sliding_window=64), "sliding_window 64"),
+        (dict(embedding_multiplier=12.0), "embedding_multiplier"),
+        (dict(is_causal=False), "is_causal"), (dict(pruned_heads={"0": [1]}), "pruned_heads")]),
+    ("gpt2", dict(hidden_size=64), "n_embd or hidden_size"),
+    ("gpt2", dict(add_cross_attention=True), "add_cross"),
+    ("qwen2", dict(num_key_value_heads=None), "num_key_value_heads is missing"),
+    *(("openclip_vit", dict(preprocess_cfg={key: value}), key) for key, value in [
+        ("resize_mode", "squash"), ("interpolation", "bilinear"), ("mode", "L"), ("std", [0.5, 0, 0.5]),
+        ("center_crop", 0.9)]),
+    *(("openclip_vit", change, word) for change, word in [
+        (model_cfg(embed_dim=64), "embed_dim 64"), (vision(image_size=64), "image_size 64"),
+        (vision(layers=3), "layers 3"), (vision(mlp_ratio=2.0), "mlp_ratio"),
+        (vision(no_ln_pre=True), "no_ln_pre"),
+        (model_cfg(text_cfg=dict(context_length=50)), "context 50"),
+        (model_cfg(init_logit_bias=-10), "init_logit_bias"),
+        (model_cfg(text_cfg=dict(proj_type="none")), "proj_type"), (dict(tokenizer="x"), "tokenizer 'x'")])])
+def test_no_key_of_a_config_is_ignored_unseen(tmp_path, name, change, word):
+    """Catches: Half of a configuration is read, and the model gives other logits or features."""
+    refused(edited(tmp_path, name, **change), word)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen2"])
+def test_a_config_that_transformers_writes_is_read(tmp_path, name):
+    """Catches: A key that transformers always writes is taken for one that matters."""
+    transformers = pytest.importorskip("transformers")
+    folder = edited(tmp_path, name)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    assert_features(weights.load(folder), name)
+
+
+def test_what_generation_config_asks_for_is_told(tmp_path, capsys):
+    folder = edited(tmp_path, "llama2")
+    for content, words in [(dict(eos_token_id=2, temperature=0.6, repetition_penalty=1.0), None),
+                           (dict(eos_token_id=[2, 5], repetition_penalty=1.1),
+                            ["repetition_penalty 1.1", "[2, 5]"])]:
+        (folder / "generation_config.json").write_text(json.dumps(content))
+        end, printed = weights.load(folder).arch["end"], capsys.readouterr().out
+        assert ("not applied of generation_config.json" in printed) == bool(words) and end == 2
+        assert all(word in printed for word in words or ())
+
+
+@pytest.mark.parametrize("name, change, word", [
+    ("qwen2", dict(add_prefix_space=True), "add_prefix_space is True"),
+    ("qwen2", dict(added_tokens_decoder={"1500": dict(content="<|im_start|>")}), "added_tokens_decoder"),
+    ("llama3", dict(added_tokens_decoder={"1500": dict(content="<|end_of_text|>", lstrip=True)}),
+     "added_tokens_decoder"),
+    ("qwen2", dict(add_bos_token=True, chat_template="x", bos_token="y"), None)])
+def test_a_tokenizer_config_that_changes_ids_is_refused(tmp_path, name, change, word):
+    folder = edited(tmp_path, name)
+    (folder / "tokenizer.json").write_text(TOKENIZERS[name])
+    (folder / "tokenizer_config.json").write_text(json.dumps(change))
+    if word:
+        refused(folder, word)
+    else:
+        assert weights.load(folder).info["tokenizer"] == TOKENIZERS[name]
+
+
+@pytest.mark.parametrize("kind, name, change, word", [
+    *(("gpt", "llama3", change, word) for change, word in [
+        (dict(beta=math.nan), "beta is nan"), (dict(beta=True), "beta"),
+        (dict(source=None), "source is missing"),
+        (dict(step=-5), "step is -5"), (dict(template="no gap"), "template is 'no gap'"),
+        (dict(data=7), "data is 7"),
+        (dict(tokenizer=5), "tokenizer is 5"), (dict(args=dict(hold_out=2.0)), "args: hold_out is 2.0"),
+        (dict(lora=dict(rank=3)), "lora {'rank': 3}"), (dict(arch=dict(window=64)), "window 64"),
+        (dict(optimizer=dict(state={})), "unfinished run, of 3 steps"),
+        (dict(model=dict(x=torch.ones(2).int())), "int32"),
+        (dict(examples=dict(count=0, sha256="x")), "examples: count is 0"),
+        (dict(arch=dict(heads=3)), "3 heads"), (dict(arch=dict(end=10**6)), "end token is 1000000")]),
+    *(("classifier", "openclip_vit", change, word) for change, word in [
+        (dict(classes=["a"]), "for 1 classes"), (dict(templates=["a {}"]), "templates is ['a {}']"),
+        (dict(classes=[]), "classes is []"), (dict(method="base"), "method is 'base'")])])
+def test_an_entry_of_a_checkpoint_that_is_not_as_listed_is_refused(tmp_path, kind, name, change, word):
+    """Catches: A reward with beta nan answers "!!!!", or an unfinished run is taken for a reward."""
+    checkpoint, _ = checkpoint_of(kind, name, **({} if kind == "classifier" else dict(method="prt")))
+    refused(saved(tmp_path / "r.pt", merged(checkpoint, change)), word)
