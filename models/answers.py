@@ -14,10 +14,10 @@ from tqdm import tqdm
 import prt
 from data import text
 
-# GSM8K's form of an answer, also with a currency before or a unit behind the number. What goes on after it is
-# no number: a fraction, a time, a power, a sum, or digits in groups other than 1,000.
+# GSM8K's form of an answer, also with a currency before or a unit behind the number. A fraction, a time, a
+# power, and digits in groups other than 1,000 are no numbers; what follows after a space does not count.
 NUMBER = re.compile(r"#### *([-−+]?) *[$€£¥]? *([-−]?)(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+)"
-                    r"(?!\d|[.,'’ ]\d| ?[-+/:^*×–xXeE] ?\d)")
+                    r"(?!\d|[.,'’/:^eE]\d)")
 SHADES = ((4, 203), (2, 209), (1, 216), (0.5, 223), (0.1, 230))  # KL in nats -> terminal color
 
 
