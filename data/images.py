@@ -94,18 +94,16 @@ def load(source, split, size):
     aircraft, country211, a Hub id or a folder with the layout of `webdataset`, or a folder with
     train/CLASS/*.jpg and test/CLASS/*.jpg. Raises ValueError or OSError that names the file.
     """
-    root, found = Path(source), None
-    if root.is_dir():
-        source = str(root.resolve())
-    read, key = reader(source), source
-    if root.is_dir():  # all that is read, and when it changed: cached images are those of these files
-        found = read(split)
+    key, found = source, None
+    if Path(source).is_dir():  # the key is all that is read, and when it changed: a cache is of these files
+        source = str(Path(source).resolve())
+        found = reader(source)(split)
         key = found[:2], [(x.label, str(x.name), *stamp(x.path)) for x in found[2]]
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     cache = files.CACHE / "images" / f"{Path(source).name}-{split}-{size}-{digest}-v{VERSION}.pt"
     with contextlib.suppress(OSError, ValueError):  # a damaged file is rebuilt
         return cached(cache)
-    data = pack(source, split, size, *(found or read(split)))
+    data = pack(source, split, size, *(found or reader(source)(split)))
     try:
         files.save(cache, data._asdict())
     except OSError as error:

@@ -241,17 +241,19 @@ def architecture(config):
         raise ValueError(f"config.json: model_type {family!r:.50}; models/gpt.py supports {', '.join(TABLES)}"
                          " (Falcon3 is a llama)")
     schema.check(config, "config.json", "config", *TABLES[family])
+    end = config.get("eos_token_id")
+    arch = dict(vocab=config["vocab_size"], end=end[0] if isinstance(end, list) else end)
     if family == "gpt2":
         from models import gpt2  # an optional file
-        return gpt2.architecture(config)
-    heads, end = config["num_attention_heads"], config.get("eos_token_id")
-    return dict(vocab=config["vocab_size"], width=config["hidden_size"], layers=config["num_hidden_layers"],
-                heads=heads, kv_heads=config.get("num_key_value_heads") or heads,
-                head_width=config.get("head_dim") or config["hidden_size"] // heads,
-                mlp=config["intermediate_size"], positions=config["max_position_embeddings"],
-                eps=config["rms_norm_eps"], tied=bool(config.get("tie_word_embeddings")),
-                end=end[0] if isinstance(end, list) else end, rope=rope_parameters(config), layer_norm=False,
-                gated_mlp=True, qkv_bias=family == "qwen2", bias=False)
+        return arch | gpt2.architecture(config)
+    heads = config["num_attention_heads"]
+    return arch | dict(width=config["hidden_size"], layers=config["num_hidden_layers"], heads=heads,
+                       kv_heads=config.get("num_key_value_heads") or heads,
+                       head_width=config.get("head_dim") or config["hidden_size"] // heads,
+                       mlp=config["intermediate_size"], positions=config["max_position_embeddings"],
+                       eps=config["rms_norm_eps"], tied=bool(config.get("tie_word_embeddings")),
+                       rope=rope_parameters(config), layer_norm=False, gated_mlp=True,
+                       qkv_bias=family == "qwen2", bias=False)
 
 
 def rope_parameters(config):

@@ -12,18 +12,17 @@ NAMES = {"wte.": "embed_tokens.", "wpe.": "embed_positions.", "ln_f.": "norm.", 
 
 
 def architecture(config):
-    """Returns the arch dict of a config.json, as models/gpt.py describes it."""
+    """Returns the arch dict of a config.json, as models/gpt.py describes it, but for `vocab` and `end`."""
     sizes = {}
     for ours, names in KEYS.items():
         values = {config[k] for k in names if config.get(k)}
         if len(values) != 1:
             raise ValueError(f"config.json: {' or '.join(names)} must be one number, not {sorted(values)}")
         sizes[ours], = values
-    width, heads, end = sizes["width"], sizes["heads"], config.get("eos_token_id")
-    return sizes | dict(vocab=config["vocab_size"], mlp=config.get("n_inner") or 4 * width, kv_heads=heads,
-                        head_width=width // heads, eps=config["layer_norm_epsilon"], rope=None,
-                        tied=config.get("tie_word_embeddings") is not False, layer_norm=True, gated_mlp=False,
-                        qkv_bias=True, bias=True, end=end[0] if isinstance(end, list) else end)
+    width, heads = sizes["width"], sizes["heads"]
+    return sizes | dict(mlp=config.get("n_inner") or 4 * width, kv_heads=heads, head_width=width // heads,
+                        eps=config["layer_norm_epsilon"], tied=config.get("tie_word_embeddings") is not False,
+                        rope=None, layer_norm=True, gated_mlp=False, qkv_bias=True, bias=True)
 
 
 def renamed(tensors):
