@@ -103,8 +103,7 @@ def main():
     """Loads the models and prints what was asked for."""
     args = parse()
     device = runs.setup(args.device)
-    with files.lock_cache():
-        models = load_models(args, device)
+    models = load_models(args, device)
     is_text = models.rewards[0].info["kind"] == "gpt"
     check_flags(args, is_text)
     args = flags.filled(DEFAULTS, args)
@@ -341,8 +340,7 @@ def image_table(args, device, models):
 def load_images(images, name, split, models):
     """Returns model -> the split at the model's own resolution."""
     sizes = dict.fromkeys(model.arch["image_size"] for model in models)
-    with files.lock_cache():
-        data = {size: images.load(name, split, size) for size in sizes}
+    data = {size: images.load(name, split, size) for size in sizes}
     return {model: data[model.arch["image_size"]] for model in models}
 
 

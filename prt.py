@@ -105,7 +105,7 @@ def label_loss(base_logits, r, targets, beta, alpha):
 
 def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alpha=0.0, loss=label_loss,
         optimizer=None, warmup=0, decay="cosine", clip=1.0, accum=1, seed=0, head=None, chunk=512,
-        compile=False, log_every=50, start=0, save=None, save_every=None, stop=lambda: False, name="fit"):
+        log_every=50, start=0, save=None, save_every=None, stop=lambda: False, name="fit"):
     """Algorithm 1: trains `model` in place so that the base, tilted by its reward, predicts the targets.
 
     model: the reward model, model(*inputs) -> logits [N, L]. Its train or eval mode is left as it is.
@@ -130,13 +130,11 @@ def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alph
     check_call(model, indices, fetch, base, method, optimizer, decay, world)
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    network, base_network = (torch.compile(m) if m and compile else m for m in (model, base))
     cuda = next(model.parameters()).is_cuda
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=cuda)
     if cuda:
         torch.cuda.reset_peak_memory_stats()  # `log` shows the peak of this call
-    if method == "ft" and loss is label_loss and not alpha:
-        base_network = None  # the base cancels out of the loss, and need not run
+    cancels = method == "ft" and loss is label_loss and not alpha  # the base, which need not run then
     if head is None:
         head, chunk = (lambda model, logits: logits), None
     history, totals, logged, clock = [], Counter(), start, time.perf_counter()
@@ -146,12 +144,14 @@ def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alph
             group["lr"] = peak * schedule(step, steps, warmup, decay)
         batch = indices(step)
         micro_batches, count = fetch_micro_batches(batch, fetch, accum, rank, world, seed, step)
-        for inputs, targets, base_features in micro_batches:
+        for i, (inputs, targets, base_features) in enumerate(micro_batches, 1):
+            if world > 1:  # the processes add up their gradients once a step
+                model.set_requires_gradient_sync(i == len(micro_batches))
             with autocast:
-                features = network(*inputs)  # the logits, unless there is a head
-                if base_features is None and base_network is not None:
+                features = model(*inputs)  # the logits, unless there is a head
+                if base_features is None and base is not None and not cancels:
                     with torch.no_grad():
-                        base_features = base_network(*inputs)
+                        base_features = base(*inputs)
             with in_chunks(features, base_features, targets, chunk) as chunks:
                 for part, base_part, y in chunks:
                     with autocast:

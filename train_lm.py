@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import prt
-from data import files, text
+from data import text
 from models import flags, runs, scores, weights
 from models.gpt import GPT, same_vocabulary
 
@@ -75,7 +75,7 @@ def train(args, device, state):
         model, tokenizer, end, data = pretrain.gpt(args, examples)
         source, info = None, {}
     else:
-        model, source, tokenizer, end = load_models(args, runs.frozen_dtype(device))
+        model, source, tokenizer, end = load_models(args)
         data = text.encode(examples, tokenizer, end, args.length, args.drop)
         info = dict(method=args.method, beta=args.beta, source=args.source,
                     source_sha256=weights.fingerprint(source))
@@ -102,12 +102,14 @@ def train(args, device, state):
     info |= dict(kind="gpt", arch=model.arch, tokenizer=tokenizer.text, template=template, data=args.data,
                  examples=fingerprint)
     model.recompute = args.recompute
-    model, source = model.to(device), source and source.to(device)
     if args.ticket or args.reward_init == "random":
         from models import tickets
         tickets.start(args, model, info, state)
     weights.check_same(args, state, info)
-    runs.shard(device, model, source)
+    runs.place(model, device, compile=args.compile)
+    if source:
+        frozen = runs.frozen_dtype(device)
+        runs.place(source, device, frozen, frozen, args.compile)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     start = weights.restore(args, model, optimizer, state, steps)
     chunk = args.chunk or chunk_size(model.arch["vocab"], device)
@@ -115,7 +117,7 @@ def train(args, device, state):
         model, indices, fetch, base=source, method=args.method if source else "prt", beta=args.beta,
         alpha=args.alpha, optimizer=optimizer, steps=steps, decay="linear",
         warmup=round(0.03 * steps) if args.warmup is None else args.warmup, accum=args.accum,
-        seed=args.seed, head=GPT.head, chunk=chunk, compile=args.compile, start=start, stop=runs.stopping,
+        seed=args.seed, head=GPT.head, chunk=chunk, start=start, stop=runs.stopping,
         name=Path(args.out).stem,
         save=lambda step: weights.save(args, info, model, optimizer, step, steps))
     runs.after_training(args.out, history[-1]["step"], steps)
@@ -131,12 +133,11 @@ def train(args, device, state):
                 **scores.score_texts(base, rewards, batches, chunk)))
 
 
-def load_models(args, dtype):
+def load_models(args):
     """Returns the model to train, the frozen source, their tokenizer, and the end token's id."""
     begin = args.source if args.reward_init in (None, "random") else args.reward_init
-    with files.lock_cache():
-        source = weights.load(args.source, "base", text=True, dtype=dtype).requires_grad_(False)
-        model = weights.load(begin, text=True)
+    source = weights.load(args.source, "base", text=True, dtype=None).requires_grad_(False)
+    model = weights.load(begin, text=True, dtype=None)
     tokenizer = same_vocabulary({f"--source {args.source}": source, f"reward of {begin}": model})
     model.arch["end"] = end = source.arch["end"]
     if end is None:

@@ -11,13 +11,12 @@ the reward, which is beta times the network's logits (the paper's lambda). It ca
 --alpha is set, the weight of the entropy of softmax(reward). Each process computes its part of --batch in
 --accum micro-batches.
 """
-import copy
 from pathlib import Path
 
 import torch
 
 import prt
-from data import files, images
+from data import images
 from models import flags, runs, scores, weights
 from models.clip import classifier, resize
 
@@ -63,22 +62,24 @@ def train(args, device, state):
         return pretrain.clip(args, device, state)
 
     # The source, as a zero-shot classifier, and the data.
-    with files.lock_cache():
-        clip = weights.load(args.source, "base", text=False).to(device)
-        data, test = (images.load(args.data, split, clip.arch["image_size"]) for split in ("train", "test"))
-    model = classifier(clip, images.prompts(data.classes, data.templates))
-    info = dict(kind="classifier", arch=model.arch, classes=data.classes, templates=data.templates,
+    clip = weights.load(args.source, "base", text=False, dtype=None)
+    data, test = (images.load(args.data, split, clip.arch["image_size"]) for split in ("train", "test"))
+    source = classifier(clip, images.prompts(data.classes, data.templates), device).requires_grad_(False)
+    info = dict(kind="classifier", arch=source.arch, classes=data.classes, templates=data.templates,
                 examples=data.examples, data=args.data, method=args.method, beta=args.beta,
-                source=args.source, source_sha256=weights.fingerprint(model))
+                source=args.source, source_sha256=weights.fingerprint(source))
     weights.check_same(args, state, info)
     indices = runs.batches(len(data.labels), args.hold_out, args.batch, args.seed)
     del clip  # and its text tower
-    test_logits = scores.predict(model, test.images)
+    model = weights.build(info, source.arch, source.state_dict(), dtype=None)  # shares its weights so far
+    # Autocast would cast its matrices in any case.
+    runs.place(source, device, runs.frozen_dtype(device), compile=args.compile)
+    test_logits = scores.predict(source, test.images)
     pixels, labels = runs.move_if_it_fits(data.images, device), data.labels.to(device)
     if args.augment:  # the images differ in every step, so that the source cannot be run once in advance
-        source, source_logits = frozen_copy(model, device), None
+        source_logits = None
     else:
-        source, source_logits = None, scores.predict(model, pixels)  # [N, L]
+        source, source_logits = None, scores.predict(source, pixels)  # [N, L]
 
     def fetch(i, generator):
         x, y = runs.take(pixels, i, device), runs.take(labels, i, device)
@@ -90,14 +91,14 @@ def train(args, device, state):
     if args.ticket or args.reward_init:
         from models import tickets
         tickets.start(args, model, info, state)
-    runs.shard(device, model, source)
+    runs.place(model, device, compile=args.compile)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     start = weights.restore(args, model, optimizer, state, args.steps)
     history = prt.fit(
         model, indices, fetch, base=source, method=args.method, beta=args.beta, alpha=args.alpha,
         optimizer=optimizer, steps=args.steps,
         warmup=args.steps // 4 if args.warmup is None else args.warmup, accum=args.accum, seed=args.seed,
-        compile=args.compile, start=start, stop=runs.stopping, name=Path(args.out).stem,
+        start=start, stop=runs.stopping, name=Path(args.out).stem,
         save=lambda step: weights.save(args, info, model, optimizer, step, args.steps))
     runs.after_training(args.out, history[-1]["step"], args.steps)
 
@@ -106,14 +107,6 @@ def train(args, device, state):
     tilted = prt.tilt(test_logits, r, args.beta)
     print(f"{args.source} alone: {scores.accuracy(test_logits, test.labels):.2%} on the test split")
     print(f"{args.out}: {scores.accuracy(tilted, test.labels):.2%} on the test split")
-
-
-def frozen_copy(model, device):
-    """Returns a copy of a model without gradients, its matrices in the dtype that autocast casts them to."""
-    copied = copy.deepcopy(model).requires_grad_(False)
-    for p in copied.parameters():
-        p.data = p.data.to(runs.frozen_dtype(device)) if p.ndim > 1 else p.data
-    return copied
 
 
 if __name__ == "__main__":

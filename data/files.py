@@ -97,11 +97,14 @@ def lock(path, wait=True):
         yield
 
 
-def lock_cache():
-    """Returns a context: one process runs the with block at a time, so that the first one fills the cache."""
+def lock_cache(name="lock"):
+    """Returns a context: one process runs the with block at a time, so that the first one fills the cache.
+
+    name: of the file that is locked; one for downloads, and one for what may download.
+    """
     with contextlib.suppress(OSError):
         CACHE.mkdir(parents=True, exist_ok=True)
-    file = CACHE / "lock"  # it may be another user's; without write access, there is nothing to lock
+    file = CACHE / name  # it may be another user's; without write access, there is nothing to lock
     usable = os.access(CACHE, os.W_OK) and (not file.exists() or os.access(file, os.R_OK))
     return lock(file) if usable else contextlib.nullcontext()
 
@@ -131,11 +134,11 @@ def save(path, tensors):
         raise OSError(f"{path}: could not be written; the disk may be full ({first_line(error)})") from error
 
 
-def read(path, lazy=False):
+def read(path):
     """Returns the dict of a .safetensors file, or of a file of torch.save, of which nothing is run.
 
-    lazy: the tensors of a file of torch.save stay on the disk until they are used. Raises ValueError if the
-    file is damaged.
+    Tensors are mapped into memory: they are read on first use, processes that read one file share them, and
+    writing to them changes no file. Raises ValueError if the file is damaged.
     """
     # torch has no common class for what a damaged file can raise.
     with open_file(path) as f, explain(f"{path}: damaged, truncated, or not a checkpoint", Exception):
@@ -144,11 +147,14 @@ def read(path, lazy=False):
         if f.read(2) == b"\x1f\x8b":  # gzip: a ticket
             f.seek(0)
             return read_archive(io.BytesIO(gunzip(f.read(), ratio=200)))  # 200: masks of 1 in 3,000 ones
-        return read_archive(f, lazy)
+        return read_archive(f, f"/dev/fd/{f.fileno()}")  # not `path`, which may be another file by now
 
 
-def read_archive(f, lazy=False):
-    """Returns the dict of a file of torch.save, whose checksums, sizes, and function calls are checked."""
+def read_archive(f, path=None):
+    """Returns the dict of a file of torch.save, whose checksums, sizes, and function calls are checked.
+
+    path: of the open file f, whose tensors are then mapped into memory.
+    """
     with zipfile.ZipFile(f) as archive:
         parts = archive.infolist()
         names = [part.filename for part in parts]
@@ -164,8 +170,7 @@ def read_archive(f, lazy=False):
             if ("GLOBAL" in code.name or code.name == "INST") and not CALLS.fullmatch(str(call)):
                 raise ValueError(f"it holds {call!s:.80}; dense tensors and plain values are allowed")
     f.seek(0)
-    # By the number of the open file, since `path` may be another file by now.
-    content = torch.load(f"/dev/fd/{f.fileno()}" if lazy else f, "cpu", weights_only=True, mmap=lazy)
+    content = torch.load(path or f, "cpu", weights_only=True, mmap=path is not None)
     if not isinstance(content, dict):
         raise TypeError(f"it holds a {type(content).__name__}, not a dict")
     tensors = all_tensors(content, set())
@@ -189,7 +194,7 @@ def all_tensors(x, seen):
 
 
 def read_safetensors(f):
-    """Returns name -> tensor from a private memory map: reads on first use, and never writes to the file."""
+    """Returns name -> tensor from a private memory map."""
     data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
     start = 8 + int.from_bytes(data[:8], "little")
     if start > len(data):

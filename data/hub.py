@@ -65,7 +65,8 @@ def optional(source, name, beside):
 def download(url, path):
     """Downloads url to path unless that exists, checks its length, and returns path.
 
-    Raises OSError that says what to do, and FileNotFoundError for status 404.
+    One process downloads at a time, and those that wait for the same file take it. Raises OSError that says
+    what to do, and FileNotFoundError for status 404.
 
     A web page or damaged JSON, which a proxy may send with status 200, is refused and not kept. HF_TOKEN is
     sent to the scheme, host, and port of the Hub only, also after redirects. (The function
@@ -81,7 +82,11 @@ def download(url, path):
         request.add_header("Authorization", f"Bearer {token}")
     try:
         opener = urllib.request.build_opener(Redirect)
-        with opener.open(request, timeout=30) as response, files.atomic(path) as f:
+        with files.lock_cache(), contextlib.ExitStack() as stack:
+            if path.exists():
+                return path
+            response = stack.enter_context(opener.open(request, timeout=30))
+            f = stack.enter_context(files.atomic(path))
             total = int(response.headers.get("Content-Length") or 0)
             with tqdm.wrapattr(response, "read", total, desc=path.name, disable=None) as stream:
                 shutil.copyfileobj(stream, f)

@@ -103,11 +103,14 @@ def load(source, split, size):
     cache = files.CACHE / "images" / f"{Path(source).name}-{split}-{size}-{digest}-v{VERSION}.pt"
     with contextlib.suppress(OSError, ValueError):  # a damaged file is rebuilt
         return cached(cache)
-    data = pack(source, split, size, *(found or reader(source)(split)))
-    try:
-        files.save(cache, data._asdict())
-    except OSError as error:
-        print(f"the images are not kept for the next run: {error}")
+    with files.lock_cache("images.lock"):  # one process reads the images, and the others take its cache file
+        with contextlib.suppress(OSError, ValueError):
+            return cached(cache)
+        data = pack(source, split, size, *(found or reader(source)(split)))
+        try:
+            files.save(cache, data._asdict())
+        except OSError as error:
+            print(f"the images are not kept for the next run: {error}")
     return data
 
 
@@ -118,7 +121,7 @@ def stamp(path):
 
 def cached(path):
     """Returns the Images in a cache file. Raises ValueError or FileNotFoundError if it has none."""
-    content = files.read(path, lazy=True)
+    content = files.read(path)
     schema.check(content, path, "cache")
     images, labels, n = content["images"], content["labels"], content["examples"]["count"]
     valid = images.dtype == torch.uint8 and images.shape == (n, 3, *images.shape[2:])

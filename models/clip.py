@@ -186,20 +186,26 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def classifier(clip, prompts):
+def classifier(clip, prompts, device=None):
     """Returns the zero-shot classifier of a CLIP for the token ids [L, P, T] of P prompts per class.
 
     Its head: text features, normalized, averaged over the prompts, normalized, times exp(logit_scale). The
-    image tower is shared, not copied. Raises ValueError if the prompts exceed the vocabulary or the context.
+    image tower is shared, not copied. device: where the rest of the CLIP is moved to, in float32, and runs
+    (default: where it is). Raises ValueError if the prompts exceed the vocabulary or the context.
     """
     have, need = (clip.arch["vocab"], clip.arch["context"]), (int(prompts.max()) + 1, prompts.shape[-1])
     if need[0] > have[0] or need[1] > have[1]:
         raise ValueError(f"the prompts need (vocabulary, positions) {need}, but this CLIP has {have}")
-    device = clip.logit_scale.device
+    device = device or clip.logit_scale.device
+    for name, p in clip.named_parameters():
+        if not name.startswith("visual."):
+            p.data = p.data.to(device, torch.float32)
     texts = (F.normalize(clip.encode_text(p.to(device)), dim=-1) for p in prompts)  # each [P, E]
     head = torch.stack([text.mean(0) for text in texts])  # [L, E]
     head = F.normalize(head, dim=-1) * clip.logit_scale.exp()
-    return Classifier(clip.arch, clip.visual, head).to(device).eval()
+    model = Classifier(clip.arch, clip.visual, head).eval()
+    model.preprocess.to(device)
+    return model
 
 
 def network(info, arch, head=None):

@@ -85,7 +85,7 @@ def unfinished(example, folder, args, parse):
         run_args.data, run_args.out = stage_args.data, f"{folder / stage.name}.pt"
         if stage_args.method != "prt":
             run_args.reward_init = None
-        found = files.read(run_args.out, lazy=True) if Path(run_args.out).exists() else None
+        found = files.read(run_args.out) if Path(run_args.out).exists() else None
         run_args.resume = found is not None and "optimizer" in found
         if found is None or run_args.resume:
             size = (run_args.steps or 1) * run_args.batch / (stage_args.steps * stage_args.batch)

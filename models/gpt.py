@@ -35,9 +35,9 @@ def rotate(x, cos, sin):
     """Applies RoPE to x [B, H, T, D/H]: rotates pairs (a, b), a from the first half of x, b from the second.
 
     (a, b) becomes (a cos - b sin, b cos + a sin). cos, sin [T, D/H] or [B, 1, T, D/H] hold each value twice,
-    the first negated in sin: a roll and one fused multiply-add are faster on a CPU than separate halves.
+    the first negated in sin: a roll and one fused multiply-add are faster on a CPU than separate halves. They
+    have the dtype of x.
     """
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -152,7 +152,10 @@ class GPT(nn.Module):
         x, rope = self.embed(ids, positions)
         for layer, past in zip(self.layers, pasts):
             inputs = x, rope, past
-            x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute else layer(*inputs)
+            if self.recompute:  # nothing in a layer is random
+                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(*inputs)
         return self.norm(x)
 
     def embed(self, ids, positions):
@@ -166,7 +169,9 @@ class GPT(nn.Module):
         angles = positions[..., None] * self.rope.float()  # [T, D/2H] or [B, T, D/2H]
         if positions.ndim == 2:
             angles = angles.unsqueeze(1)  # [B, 1, T, D/2H]: the same for all heads
-        cos, sin = angles.cos(), angles.sin()
+        device = x.device.type  # of the queries and keys, which autocast computes in its dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)  # once for all layers
         return x, (torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
 
     def head(self, features):
@@ -180,8 +185,13 @@ class GPT(nn.Module):
         index [N]: the positions in ids.flatten() to return features of. In training, prt.fit calls `head` for
         a chunk of them at a time.
         """
-        x = self.features(ids)
-        return self.head(x) if index is None else x.flatten(0, 1)[index]
+        device, dtype = ids.device.type, self.norm.weight.dtype
+        # Weights in bfloat16 need no autocast, which would compute the norms in float32, at 9 more kernels a
+        # layer.
+        autocast = torch.is_autocast_enabled(device) and dtype != torch.bfloat16
+        with torch.autocast(device, enabled=autocast):
+            x = self.features(ids)
+            return self.head(x) if index is None else x.flatten(0, 1)[index]
 
 
 def network(info, arch, head=None):
@@ -210,7 +220,10 @@ def check_arch(arch):
 
 
 def read_folder(name, dtype):
-    """Returns the architecture and tensors of a GPT in Hugging Face's layout; name: a folder or Hub id."""
+    """Returns the architecture and tensors of a GPT in Hugging Face's layout; name: a folder or Hub id.
+
+    dtype: that of the tensors, or None for that of the files.
+    """
     generation = hub.optional(name, "generation_config.json", "config.json")
     arch, tensors = architecture(files.read_json(hub.find(name, "config.json"))), {}
     check_arch(arch)
@@ -224,7 +237,7 @@ def read_folder(name, dtype):
         content = renamed(files.read(hub.find(name, shard)), arch)
         if twice := content.keys() & tensors.keys():
             raise ValueError(f"{shard}: {min(twice)} is in another file, too")
-        tensors |= {k: x.to(dtype) for k, x in content.items()}
+        tensors |= {k: x.to(dtype or x.dtype) for k, x in content.items()}
     if arch["tied"] and (head := tensors.get("lm_head.weight")) is not None:
         arch["tied"] = head.equal(tensors["embed_tokens.weight"])  # if not, it counts, as in transformers
         if arch["tied"]:

@@ -24,11 +24,10 @@ def clip(args, device, state):
     """
     from data import images
     from models.clip import CLIP, classifier, resize
-    model = CLIP(CLIPS[args.size]).to(device)
+    model = CLIP(CLIPS[args.size])
     size = model.arch["image_size"]
-    with files.lock_cache():
-        data = images.load(args.data, "captioned" if args.data == "shapes" else "train", size)
-        test = images.load(args.data, "test", size)
+    data = images.load(args.data, "captioned" if args.data == "shapes" else "train", size)
+    test = images.load(args.data, "test", size)
     info = dict(kind="clip", arch=model.arch, classes=data.classes, templates=data.templates,
                 examples=data.examples, data=args.data)
     weights.check_same(args, state, info)
@@ -42,13 +41,13 @@ def clip(args, device, state):
         x = images.augment(resize(x, size), generator) if args.augment else x
         return (x, tokens), torch.arange(len(i), device=device).repeat(2), None
 
-    runs.shard(device, model)
+    runs.place(model, device, compile=args.compile)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     start = weights.restore(args, model, optimizer, state, args.steps)
     history = prt.fit(
         model, indices, fetch, optimizer=optimizer, steps=args.steps,
         warmup=args.steps // 4 if args.warmup is None else args.warmup, accum=args.accum, seed=args.seed,
-        compile=args.compile, start=start, stop=runs.stopping, name=Path(args.out).stem,
+        start=start, stop=runs.stopping, name=Path(args.out).stem,
         save=lambda step: weights.save(args, info, model, optimizer, step, args.steps))
     runs.after_training(args.out, history[-1]["step"], args.steps)
 

@@ -13,7 +13,7 @@ def checkpoint(path, settings):
     """
     if not path.exists():
         raise FileNotFoundError(f"--resume: there is no {path}")
-    state = files.read(path, lazy=True)
+    state = files.read(path)
     with files.explain(f"--resume: {path}", *files.DAMAGE):
         weights.check_checkpoint(state)
     if "optimizer" not in state:

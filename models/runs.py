@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 # Whether prt.fit is running and has made a step, the number of the signal that came (0: none), and when.
@@ -134,11 +135,39 @@ def setup(device=None):
     return device
 
 
-def shard(device, *models):
-    """Spreads the weights of models, of which some may be None, over the processes, if there are several."""
+def blocks(model):
+    """Returns the parts of a model that repeat, such as a transformer's blocks; [] if none do."""
+    # Of exactly this type: the parts of a ticket's ParametrizationList, a subclass, are no blocks.
+    lists = [module for module in model.modules() if type(module) is torch.nn.ModuleList]
+    return [block for blocks in lists for block in blocks]
+
+
+def place(model, device, dtype=torch.float32, vectors=torch.float32, compile=False):
+    """Moves a model to the device, in place: its matrices in `dtype`, its norms and biases in `vectors`.
+
+    With several processes, each keeps its share of the weights (FSDP2). A block is cast and moved right
+    before that, so that no process ever holds more than its share and one block. Weights that are trained
+    are copied, so that they may be those of another model, or of a file that is mapped into memory.
+
+    compile: whether to compile each block, or the whole of a model without blocks. Blocks of a kind share one
+    graph, and remain compiled where they are sharded and computed again for backward: a graph of the whole
+    model would break there.
+    """
+    parts, shard = [model], None
     if dist.is_initialized() and dist.get_world_size() > 1:
         from models import processes
-        processes.shard(device, *filter(None, models))
+        parts, shard = [*blocks(model), model], processes.sharding(device)
+    for part in parts:
+        for p in part.parameters():
+            if not isinstance(p, DTensor):  # of a block that was sharded before
+                p.data = p.data.to(device, dtype if p.ndim > 1 else vectors, copy=p.requires_grad)
+        if shard:
+            shard(part)
+    model.to(device)  # the rest: buffers
+    if compile:
+        torch._dynamo.config.recompile_limit = 64  # instead of 8: for each dtype, shape, and mode of a block
+        for part in blocks(model) or [model]:
+            part.forward = torch.compile(part.forward)
 
 
 def frozen_dtype(device):

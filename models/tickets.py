@@ -27,7 +27,7 @@ class TopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, k):
         """Returns the mask; 1 <= k <= S."""
-        threshold = scores.kthvalue(len(scores) - k + 1).values
+        threshold = scores.topk(k, sorted=False).values.min()  # on CUDA, kthvalue takes 0.7 s per 1e8 scores
         above, equal = scores > threshold, scores == threshold
         first = equal.cumsum(0, dtype=torch.int32) <= k - above.count_nonzero()
         return (above | (equal & first)).to(scores.dtype)
@@ -140,6 +140,7 @@ def start(args, model, info, state):
     info: entries of the checkpoint, to which a ticket's are added. state: the checkpoint to continue from, or
     None. Raises ValueError if that was a mask over other weights.
     """
+    model.float()
     if "random" in (args.reward_init, args.ticket):
         torch.manual_seed(args.seed + 1)  # the source may have started from the weights of args.seed
         head = model.head if info["kind"] == "classifier" else None

@@ -33,7 +33,8 @@ def load(name, role=None, text=None, dtype=torch.float32, source=None):
         (config.json + model.safetensors, or its index and shards, + the tokenizer's files); or a bare CLIP
         state dict (.pt, .bin, .safetensors).
     role: the role that it must have, a key of ROLES. text: True for a model for text, False for images.
-    dtype: dtype of a GPT's weights. Image models are float32.
+    dtype: of a GPT's weights; those of image models are then float32. None: as in the file, which is mapped
+        into memory, so that runs.place need not hold the model twice.
     source: the source, for a ticket that is a mask over its weights (default: the path stored in it).
 
     Raises ValueError or OSError that names the file.
@@ -101,14 +102,16 @@ def check_checkpoint(content):
 def build(info, arch, tensors, dtype=torch.float32):
     """Returns the model with these tensors, whose names and shapes must match; converts the dict in place.
 
-    info: its kind is "clip" (two towers), "classifier", or "gpt". The model is built on the meta device, so
-    that no weight is in memory twice.
+    info: its kind is "clip" (two towers), "classifier", or "gpt". dtype: as in `load`. The model is built on
+    the meta device, so that no weight is in memory twice.
     """
     with torch.device("meta"):
         model = network_module(info).network(info, arch, tensors.get("head"))
+    dtype = torch.float32 if dtype and info["kind"] != "gpt" else dtype
+    buffers = dict(model.named_buffers())
     for name, x in tensors.items():
         if x.is_floating_point():
-            tensors[name] = x.to(dtype if info["kind"] == "gpt" else torch.float32)
+            tensors[name] = x.to(torch.float32 if name in buffers else dtype or x.dtype)
         elif not name.endswith("num_batches_tracked"):  # of BatchNorm
             raise ValueError(f"{name} has dtype {x.dtype}; weights are floating-point numbers")
     model.load_state_dict(tensors, assign=True)

@@ -1,5 +1,6 @@
 """models/runs.py: devices, errors, batches, signals, runs that end early, scores; scripts as processes."""
 import contextlib
+import copy
 import io
 import os
 import re
@@ -69,7 +70,8 @@ def test_a_frozen_classifier_has_the_logits_of_the_trained_one_bit_for_bit(name,
     model = classifier(helpers.load(name), helpers.expected(name)["tokens"][:, None])
     size = model.arch["image_size"]
     x = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=torch.manual_seed(0))
-    frozen = train_vision.frozen_copy(model, device)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    runs.place(frozen, CPU, runs.frozen_dtype(device))
     with torch.autocast("cpu", torch.bfloat16, enabled=device == CUDA):
         assert torch.equal(frozen(x), model(x))
     assert not torch.equal(model(x), model(x.flip(0)))
