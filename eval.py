@@ -25,6 +25,7 @@ import prt
 from data import files
 from models import flags, runs, scores, weights
 
+REMEDY = "lower --batch, take a smaller --base, or compute on the CPU (--device cpu)"
 BETAS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # that --beta auto chooses from
 # Column of the table and key of --json (data/README.md says what they are) -> format of its values.
 COLUMNS = dict(top1="{:.2%}", form="{:.1%}", exact="{:.1%}", error="{:.1%}", nll="{:.3f}", accuracy="{:.1%}",
@@ -106,7 +107,7 @@ def main():
     models = load_models(args, device)
     is_text = models.rewards[0].info["kind"] == "gpt"
     check_flags(args, is_text)
-    args = flags.filled(DEFAULTS, args)
+    args = flags.filled(DEFAULTS | (dict(batch=4) if args.speculative else {}), args)
     if "auto" in (args.beta or []):
         held_out_share(args, models)  # raises an error before anything is computed
     if is_text:
@@ -171,19 +172,24 @@ def load_models(args, device):
         if model and weights_now and model.info.get("source_sha256") != weights.fingerprint(weights_now):
             print(f"note: {path} was tuned from {model.info['source']}; {start} has other weights")
     models = Models([rewards[path] for path in args.reward], base, source, tuned_source, tuned_base)
+    need = sum(p.nbytes for model in {*models.given()} for p in model.parameters() if p.device != device)
+    runs.check_memory(need, device, REMEDY)
     for model in models.given():
         model.to(device)
     return models
 
 
 def load_base(name, info, dtype, device):
-    """Returns a base for a reward, of which `info` is the metadata; for images, as a zero-shot classifier."""
-    model = weights.load(name, "base", info["kind"] == "gpt", dtype).to(device)
+    """Returns a base for a reward, of which `info` is the metadata; for images, as a zero-shot classifier.
+
+    device: where the text tower of that runs.
+    """
+    model = weights.load(name, "base", info["kind"] == "gpt", dtype)
     if info["kind"] == "gpt":
         return model
     from data import images
     from models.clip import classifier
-    return classifier(model, images.prompts(info["classes"], info["templates"]))
+    return classifier(model, images.prompts(info["classes"], info["templates"]), device)
 
 
 class Row(NamedTuple):
@@ -364,12 +370,15 @@ def text_answers(args, device, models):
         model.size = models.base.size
     how = answers.Decoding(args.batch, args.new_tokens, args.temperature, args.top_p, args.seed,
                            args.speculative, args.compile)
+    if args.speculative and args.batch > 4:
+        print(f"--speculative --batch {args.batch}: all rows of a batch advance as the one that keeps fewest "
+              "drafts, which above 4 is often slower than without --speculative")
     held_out = []
     if "auto" in (args.beta or []):
         trained, examples = info["args"], text.load(info["data"], "train")[1]
         share = held_out_share(args, models, dict.fromkeys(models.given(), text.fingerprint(examples)))
         train = text.encode(examples, tokenizer, end, trained.get("length", 1024), trained.get("drop"))
-        held_out = answers.batches(train, runs.hold_out(len(train.ids), share)[1][:args.limit], args.batch)
+        held_out = answers.batches(train, runs.hold_out(len(train.ids), share)[1][:args.limit], how)
     rows = plan(args, models, lambda row: -scores.score_texts(row.base, row.rewards, held_out)["nll"])
     if args.prompt is not None:
         text.report_special([[(args.prompt, False)]], tokenizer)
@@ -404,16 +413,21 @@ def text_table(args, device, models, rows, how, tokenizer, end, room):
     if 0 < (numbers := len(truth) - truth.count(None)) < len(truth):
         print(f"{numbers} of {len(truth)} reference answers have a number (####): only these count in exact")
     data = text.encode(examples, tokenizer, end, room)
-    batches = answers.batches(data, torch.arange(len(data.ids)), args.batch)
-    results, sizes = [], file_bytes(args, models)
+    batches = answers.batches(data, torch.arange(len(data.ids)), how)
+    results, sizes, shortest = [], file_bytes(args, models), min(prompts, key=len)
+    if not args.compile:  # a warm-up: on CUDA, the first row would pay for loading the kernels
+        few = how._replace(new_tokens=max(1, min(8, room - len(shortest))))
+        answers.generate(rows[1], [shortest] * len(prompts[:args.batch]), few, end, room)
     for row in rows:
         run = [row.base, *(model for _, model in row.rewards)]
         # With --compile, all of it runs twice: every batch size and length is compiled before it is measured.
         seconds, mib, written = measure(
             run, lambda row=row: answers.generate(row, prompts, how, end, room), device, int(args.compile))
+        steps = sum(max(len(written[i]) + 1 for i in part) for part in answers.by_count(prompts, how))
         results.append(dict(method=row.method, beta=row.beta,
                             **answers.exact_match(truth, written, tokenizer),
                             **scores.score_texts(row.base, row.rewards, batches, kl_base=row.kl_base),
+                            ms=1000 * seconds / steps,
                             speed=sum(len(answer) + 1 for answer in written) / seconds, mib=mib,
                             bytes=sum(sizes.get(model, 0) for model in run) if sizes else None))
     distance = models.source and scores.score_texts(models.source, [], batches, kl_base=models.base)["kl"]
@@ -491,4 +505,4 @@ def print_rows(title, results):
 
 
 if __name__ == "__main__":
-    runs.main(main)
+    runs.main(main, REMEDY)

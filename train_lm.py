@@ -5,12 +5,13 @@ python train_lm.py --data gsm8k                             the paper's recipe: 
 python train_lm.py --data tulu.jsonl --length 4096          your own file (data/README.md lists the formats)
 python train_lm.py --data gsm8k --method ft                 plain fine-tuning of the source, for EFT
 python train_lm.py --data book.txt --method pretrain        a base of your own
-torchrun --nproc_per_node=8 train_lm.py --data gsm8k --accum 2
+torchrun --nproc_per_node=8 train_lm.py --data gsm8k
 
 Without --data, --source, and --method it makes the five models of models/examples.py. --beta is the unit of
 the reward, which is beta times the network's logits (the paper's lambda). It cancels out of the loss unless
 --alpha is set, the weight of the entropy of softmax(reward). Each process computes its part of --batch in
---accum micro-batches. --chunk is by default what an eighth of a GPU's memory holds.
+--accum micro-batches, by default as few as fit into a GPU's memory (models/memory.py; on a CPU, 16 or fewer).
+--chunk is by default what an eighth of a GPU's memory holds.
 """
 import contextlib
 import math
@@ -23,8 +24,9 @@ from data import text
 from models import flags, runs, scores, weights
 from models.gpt import GPT, same_vocabulary
 
+REMEDY = "lower --length or --chunk, raise --accum, add --recompute, or use more GPUs (torchrun)"
 # Flag -> default, the paper's recipe. Pretraining and tickets (masks) change some of them.
-PAPER = dict(data="arithmetic", method="prt", source="Qwen/Qwen2.5-0.5B", epochs=2, batch=128, accum=16,
+PAPER = dict(data="arithmetic", method="prt", source="Qwen/Qwen2.5-0.5B", epochs=2, batch=128, accum=None,
              lr=2e-5, weight_decay=0.0, length=1024, beta=1.0, alpha=0.0, hold_out=0.0, seed=0)
 RECIPES = dict(prt=PAPER, ticket=PAPER | dict(lr=1e-2, keep=0.5, freeze=0.0),
                pretrain=PAPER | dict(source=None, size="new", steps=1000, batch=64, accum=1, lr=3e-3,
@@ -33,7 +35,8 @@ RECIPES = dict(prt=PAPER, ticket=PAPER | dict(lr=1e-2, keep=0.5, freeze=0.0),
 
 def parse(argv=None):
     """Returns the arguments of a command line; without one of --data, --source, and --method, as given."""
-    p, run, recipe, machine = flags.training(__doc__, RECIPES, "3%% of the steps")
+    p, run, recipe, machine = flags.training(__doc__, RECIPES, "3%% of the steps",
+                                             accum="as few as fit into memory")
     run.add_argument("--data", help="arithmetic, gsm8k, a .jsonl, .parquet, or .txt file, or a folder with "
                      "train.* and test.* (default: arithmetic)")
     run.add_argument("--reward-init", help="start the reward from a model, or random (default: --source)")
@@ -92,8 +95,13 @@ def train(args, device, state):
     indices = runs.batches(len(lengths), args.hold_out, args.batch, args.seed)
     indices = text.group_by_length(indices, lengths, args.batch, steps, args.seed)
     few = ": few; raise --epochs, or lower --batch" if steps < 50 and not args.steps else ""
-    print(f"{used} of {len(lengths)} examples, {steps} steps{few}")
     flags.check_warmup(args, steps)
+    if args.accum is None:
+        args.accum = math.gcd(16, args.batch // runs.world_size())
+        if device.type == "cuda":
+            from models import memory
+            args.accum = memory.accumulation(args, max(lengths) - 1, model, source, device)
+    print(f"{used} of {len(lengths)} examples, {steps} steps{few}; --accum {args.accum}")
 
     def fetch(i, generator):
         return *runs.to_device(text.collate(data, i), device), None
@@ -106,10 +114,9 @@ def train(args, device, state):
         from models import tickets
         tickets.start(args, model, info, state)
     weights.check_same(args, state, info)
-    runs.place(model, device, compile=args.compile)
-    if source:
-        frozen = runs.frozen_dtype(device)
-        runs.place(source, device, frozen, frozen, args.compile)
+    for network, dtype in (model, torch.float32), (source, runs.frozen_dtype(device)):
+        if network:
+            runs.place(network, device, dtype, dtype, args.compile)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     start = weights.restore(args, model, optimizer, state, steps)
     chunk = args.chunk or chunk_size(model.arch["vocab"], device)
@@ -123,7 +130,8 @@ def train(args, device, state):
     runs.after_training(args.out, history[-1]["step"], steps)
 
     if test:
-        batches = [text.collate(test, i) for i in torch.arange(len(test.ids)).split(32)]
+        parts = text.by_length(test.ids, lambda n, longest: n * longest <= 8192)
+        batches = [text.collate(test, torch.tensor(part)) for part in parts]
         rows = {args.out: (model, [])}
         if source:  # the reward of fine-tuning is model - source, so that the sum is the model
             rewards = [(1.0, model)] + ([(-1.0, source)] if args.method == "ft" else [])
@@ -157,4 +165,4 @@ def chunk_size(vocab, device):
 
 
 if __name__ == "__main__":
-    runs.main(main)
+    runs.main(main, REMEDY)

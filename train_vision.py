@@ -73,7 +73,7 @@ def train(args, device, state):
     del clip  # and its text tower
     model = weights.build(info, source.arch, source.state_dict(), dtype=None)  # shares its weights so far
     # Autocast would cast its matrices in any case.
-    runs.place(source, device, runs.frozen_dtype(device), compile=args.compile)
+    runs.place(source, device, runs.frozen_dtype(device), compile=args.compile and args.augment)
     test_logits = scores.predict(source, test.images)
     pixels, labels = runs.move_if_it_fits(data.images, device), data.labels.to(device)
     if args.augment:  # the images differ in every step, so that the source cannot be run once in advance
@@ -110,4 +110,4 @@ def train(args, device, state):
 
 
 if __name__ == "__main__":
-    runs.main(main)
+    runs.main(main, "raise --accum, or use more GPUs (torchrun)")

@@ -104,7 +104,9 @@ def group_by_length(indices, lengths, batch, steps, seed, pool=50):
     """Returns a function like `indices` whose batches hold examples of similar lengths.
 
     indices: function from a step to the indices [batch] of examples. The examples of `pool` consecutive steps
-    are sorted by length and divided into batches again, and the order of the batches is shuffled.
+    are sorted by length and divided into batches again, and the order of the batches is shuffled. But the two
+    batches with the longest examples come first: a run that exceeds the memory ends there, and not after
+    hours. (Two, since Adam's averages exist from the second step on.)
     """
     lengths = torch.tensor(lengths)
     pool = max(1, min(pool, len(lengths) // batch))  # at most an epoch, so that few batches repeat an example
@@ -115,7 +117,26 @@ def group_by_length(indices, lengths, batch, steps, seed, pool=50):
         examples = examples[lengths[examples].argsort(stable=True)].view(-1, batch)  # [pool, batch]
         return examples[torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed + start))]
 
-    return lambda step: pooled(step // pool * pool)[step % pool]
+    def batch_of(step):
+        return pooled(step // pool * pool)[step % pool]
+
+    longest = sorted(range(steps), key=lambda step: -int(lengths[batch_of(step)].max()))[:2]
+    order = longest + [step for step in range(steps) if step not in longest]
+    return lambda step: batch_of(order[step])
+
+
+def by_length(texts, fits):
+    """Returns the indices of texts (ids) in lists, each a batch of similar lengths, and the longest first.
+
+    fits: function (number of texts, ids in the longest) -> whether they may be one batch; a single one
+    always is. With the longest first, a program that exceeds the memory ends at once.
+    """
+    batches, longest = [], 0
+    for i in sorted(range(len(texts)), key=lambda i: -len(texts[i])):
+        if not batches or not fits(len(batches[-1]) + 1, longest):
+            batches, longest = [*batches, []], len(texts[i])
+        batches[-1].append(i)
+    return batches
 
 
 def collate(data, i):

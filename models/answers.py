@@ -33,23 +33,28 @@ class Decoding(NamedTuple):
     compile: bool = False
 
 
-def by_length(sequences, size):
-    """Returns the indices of sequences in lists of `size`, each of similar lengths."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    return [order[start:start + size] for start in range(0, len(order), size)]
+def by_count(prompts, how):
+    """Returns the indices of prompts in the batches in which answers to them are generated."""
+    return text.by_length(prompts, lambda n, longest: n <= how.batch)
 
 
-def batches(data, i, size):
-    """Returns the batches of the examples i [N] of text.Tokens, collated by similar lengths."""
-    return [text.collate(data, i[part]) for part in by_length([data.ids[k] for k in i], size)]
+def by_tokens(texts, how):
+    """Returns the indices of texts in the batches in which they are scored: up to 256 tokens x how.batch."""
+    return text.by_length(texts, lambda n, longest: n * longest <= 256 * max(how.batch, 32))
+
+
+def batches(data, i, how):
+    """Returns the examples i [N] of text.Tokens in the batches in which they are scored."""
+    return [text.collate(data, i[part]) for part in by_tokens([data.ids[k] for k in i], how)]
 
 
 def generate(row, prompts, how, end, room, until=(), to_text=None):
     """Returns the answers (ids) to prompts (ids), in batches of similar lengths.
 
-    row: has a base, rewards as in prt.combine, and a drafter for decode.speculative. how: a Decoding. end:
-    the end token's id. room: the models' positions. until, to_text: as in sampling.stopping; answers may go
-    on after a stop string. Raises ValueError if there is no room for the answers.
+    row: has a base, rewards as in prt.combine, and a drafter for decode.speculative. how: a Decoding; with
+    how.compile the last batch is filled up with copies of a prompt, since every size needs a graph. end: the
+    end token's id. room: the models' positions. until, to_text: as in sampling.stopping; answers may go on
+    after a stop string. Raises ValueError if there is no room for the answers.
     """
     device = next(row.base.parameters()).device
     longest = max(map(len, prompts))
@@ -57,11 +62,11 @@ def generate(row, prompts, how, end, room, until=(), to_text=None):
     if longest + length > room:
         raise ValueError(f"a prompt of {longest} and {length} tokens (--new-tokens) exceed {room} positions")
     generator = torch.Generator(device).manual_seed(how.seed)
-    answers = [None] * len(prompts)
-    for batch in tqdm(by_length(prompts, how.batch), desc="generate", disable=None, leave=False):
-        T = len(prompts[batch[-1]])
-        pad = [T - len(prompts[i]) for i in batch]
-        ids = torch.tensor([[end] * n + prompts[i] for n, i in zip(pad, batch)], device=device)  # [B, T]
+    answers, size = [None] * len(prompts), min(how.batch, len(prompts)) if how.compile else 0
+    for batch in tqdm(by_count(prompts, how), desc="generate", disable=None, leave=False):
+        T, rows = len(prompts[batch[0]]), batch + batch[-1:] * (size - len(batch))
+        pad = [T - len(prompts[i]) for i in rows]
+        ids = torch.tensor([[end] * n + prompts[i] for n, i in zip(pad, rows)], device=device)  # [B, T]
         pad = torch.tensor(pad, device=device) if any(pad) else None
         decode = decoder(row, how, generator, end, until, to_text)
         new = decode(row.base, row.rewards, ids, length=length, end=end, pad=pad)[:, T:].tolist()

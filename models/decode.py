@@ -13,7 +13,8 @@ import torch.nn.functional as F
 import prt
 from models.sampling import probabilities, sample
 
-CACHES = weakref.WeakKeyDictionary()  # model -> {(batch, length): KV cache for compiled steps}
+CACHES = weakref.WeakKeyDictionary()  # model -> its newest KV cache for compiled steps
+DRAFTS = (0, 1, 4, 8, 16)  # how many tokens may be drafted: each number needs a graph of its own
 
 
 @torch.no_grad()
@@ -36,19 +37,19 @@ def speculative(base, rewards, ids, *, length, end=None, pad=None, temperature=0
     checking = open_caches(others, B, total, pad, compile)
     distribution = functools.partial(probabilities, temperature=temperature, top_p=top_p)
     out, new = ids, ids  # new: the last tokens of `out`, which are not in the caches yet
-    # k: how many tokens to draft. 8 to 16 were the fastest of several rules with good drafts, and with bad
-    # ones k soon falls (tests/RESULTS.md).
+    # k: how many tokens to draft, up to the next number of DRAFTS if all were accepted, else down to how many
+    # were. 8 to 16 were the fastest of several rules with good drafts (tests/RESULTS.md).
     ended, k = torch.zeros(B, dtype=torch.bool, device=ids.device), 8
     while out.shape[1] < total:
         at = out.shape[1] - new.shape[1]
-        k = min(k, total - out.shape[1] - 1)
+        k = max(n for n in DRAFTS if n <= min(k, total - out.shape[1] - 1))
         drafts, q, logits = draft(drafter, drafting, new, at, k, ended, end, distribution, generator, compile)
         k = drafts.shape[1]
         logits |= next_logits(checking, torch.cat([new, drafts], 1), at, k + 1, compile)
         p = distribution(prt.combine(base, rewards, logits.get))  # [B, k + 1, V]
         new, ended = fill_after_end(accept(p, q, drafts, ended, generator), ended, end)
         accepted = new.shape[1] - 1
-        k = min(k + 2, 16) if accepted == k else max(accepted, 1)
+        k = min((n for n in DRAFTS if n > k), default=k) if accepted == k else max(accepted, 1)
         out = torch.cat([out, new], 1)
         new = new[:, -1:].clone(memory_format=torch.contiguous_format)  # strides of a slice would recompile
         if end is not None and ended.all():
@@ -59,14 +60,14 @@ def speculative(base, rewards, ids, *, length, end=None, pad=None, temperature=0
 def draft(drafter, caches, new, at, k, ended, end, distribution, generator, compile):
     """Drafts up to k tokens after the tokens `new` [B, T], the first of which has position `at`.
 
-    drafter: (base, rewards). caches: model -> KV cache. ended [B]: rows that have ended. Drafting stops if
-    all have. distribution: log-probabilities -> probabilities. Returns drafts [B, k], the distributions
-    q [B, k, V] that they were sampled from, and model -> logits [B, k + 1, V], with those after the last
-    draft.
+    drafter: (base, rewards). caches: model -> KV cache. ended [B]: rows that have ended. If all have,
+    drafting stops, but not with compile, since fewer drafts may need another graph. distribution:
+    log-probabilities -> probabilities. Returns drafts [B, k], the distributions q [B, k, V] that they were
+    sampled from, and model -> logits [B, k + 1, V], with those after the last draft.
     """
     base, rewards = drafter
     drafts, q, logits = [], [], [next_logits(caches, new, at, 1, compile)]
-    while len(drafts) < k and not (end is not None and ended.all()):
+    while len(drafts) < k and (compile or end is None or not ended.all()):
         q.append(distribution(prt.combine(base, rewards, logits[-1].get)))
         at, new = at + new.shape[1], sample(q[-1], generator)  # [B, 1]
         drafts.append(new)
@@ -117,9 +118,9 @@ def residual(p, q):
 def compiled(base, rewards, ids, *, length, end=None, pad=None, draw=lambda log_probs: log_probs.argmax(-1)):
     """prt.generate with torch.compile for the steps after the prompt, and with CUDA graphs on CUDA.
 
-    Compilation takes a minute or two for each set of models and batch size. The KV caches of every batch size
-    and length (in steps of 128) stay allocated. Do not train the models afterward: on a CPU their weights are
-    constants of the graph.
+    Compilation takes a minute or two for each set of models, batch size, and length (in steps of 128), unless
+    there is a cache of that batch size and at least that length. The newest cache of each model stays
+    allocated. Do not train the models afterward: on a CPU their weights are constants of the graph.
     """
     B, T = ids.shape
     caches = open_caches([(1.0, base), *rewards], B, T + length, pad, compile=True)
@@ -191,17 +192,19 @@ def open_caches(terms, batch, length, pad, compile):
 
 
 def static_cache(model, batch, length, pad):
-    """Returns a cache for compiled steps, reused by calls of a similar length.
+    """Returns a cache for compiled steps: the model's newest one if it has the batch size and is long enough.
 
-    A CUDA graph needs fixed memory addresses. Lengths are rounded up to multiples of 128, since every length
-    needs a separate graph.
+    A CUDA graph needs fixed memory addresses, and every length a separate graph: lengths are rounded up to
+    multiples of 128, and the longest text of a table should come first.
     """
-    length = max(length, min(math.ceil(length / 128) * 128, model.arch["positions"]))
-    key, caches = (batch, length), CACHES.setdefault(model, {})
-    if key not in caches:
-        caches[key] = model.cache(batch, length)
-        for tensor in (x for pair in caches[key].kv for x in pair):
+    cache = CACHES.get(model)
+    if cache is None or len(cache.kv[0][0]) != batch or cache.length < length:
+        CACHES.pop(model, None)  # frees its memory, before there is a new one
+        cache = None
+        cache = model.cache(batch, max(length, min(math.ceil(length / 128) * 128, model.arch["positions"])))
+        for tensor in (x for pair in cache.kv for x in pair):
             tensor.zero_()  # a masked value is multiplied by 0, and uninitialized memory may hold nan
             torch._dynamo.mark_static_address(tensor, guard=False)
-    caches[key].pad = pad
-    return caches[key]
+        CACHES[model] = cache
+    cache.pad = pad
+    return cache

@@ -4,23 +4,23 @@ import math
 import os
 from pathlib import Path
 
-import torch.distributed as dist
-
 from data import hub
+from models import runs
 
 
 def parser(doc):
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def training(doc, recipes, warmup):
+def training(doc, recipes, warmup, **words):
     """Returns the parser of a training script, and its groups "run", "recipe", and "machine" for more flags.
 
     recipes: name -> (flag -> default), for a reward and fine-tuning ("prt"), "pretrain", and "ticket".
-    warmup: the default of --warmup, in words.
+    warmup: the default of --warmup, in words. words: flag -> what a default of None means.
     """
     def default(flag):
         reward, *others = (recipes[name].get(flag, "none") for name in ("prt", "pretrain", "ticket"))
+        reward, others = words.get(flag, reward), [None if x is None and flag in words else x for x in others]
         others = [f"; {name}: {value or 0}" for name, value in zip(("pretrain", "ticket"), others)
                   if value not in (reward, None)]
         return f"(default: {reward}{''.join(others)})"
@@ -38,7 +38,8 @@ def training(doc, recipes, warmup):
     run.add_argument("--seed", type=from_0(int), help=f"random seed {default('seed')}")
     recipe.add_argument("--steps", type=positive(int), help=f"training steps {default('steps')}")
     recipe.add_argument("--batch", type=positive(int), help=f"examples per step {default('batch')}")
-    recipe.add_argument("--accum", type=positive(int), help=f"gradient accumulation {default('accum')}")
+    recipe.add_argument("--accum", type=positive(int), help="micro-batches of a step and process "
+                        f"{default('accum')}")
     recipe.add_argument("--lr", type=positive(float), help=f"peak learning rate {default('lr')}")
     recipe.add_argument("--warmup", type=from_0(int), help=f"steps of linear warmup (default: {warmup})")
     recipe.add_argument("--weight-decay", type=from_0(float),
@@ -98,10 +99,9 @@ def check_run(args, made=()):
         raise ValueError(f"--out {args.out}: a folder; a checkpoint's name, such as out/reward.pt, is needed")
     for name in {args.source, args.reward_init} - {None, "random", *made}:
         hub.locate(name)
-    processes = dist.get_world_size() if dist.is_initialized() else 1
-    if args.batch % (args.accum * processes):
-        raise ValueError(f"--batch {args.batch} does not split into --accum {args.accum} x {processes} "
-                         "(processes)")
+    if args.batch % ((args.accum or 1) * runs.world_size()):
+        raise ValueError(f"--batch {args.batch} does not split into --accum {args.accum or 1} x "
+                         f"{runs.world_size()} (processes)")
     if args.steps:
         check_warmup(args, args.steps)
 

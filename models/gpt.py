@@ -185,11 +185,9 @@ class GPT(nn.Module):
         index [N]: the positions in ids.flatten() to return features of. In training, prt.fit calls `head` for
         a chunk of them at a time.
         """
-        device, dtype = ids.device.type, self.norm.weight.dtype
-        # Weights in bfloat16 need no autocast, which would compute the norms in float32, at 9 more kernels a
-        # layer.
-        autocast = torch.is_autocast_enabled(device) and dtype != torch.bfloat16
-        with torch.autocast(device, enabled=autocast):
+        device, in_bfloat16 = ids.device.type, self.norm.weight.dtype == torch.bfloat16
+        # Weights in bfloat16 need no autocast, which would compute norms in float32: 9 more kernels a layer.
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not in_bfloat16):
             x = self.features(ids)
             return self.head(x) if index is None else x.flatten(0, 1)[index]
 

@@ -53,7 +53,7 @@ class TiltedModel(TemplateLM):
             raise ValueError(f"--tasks: an answer of {longest} tokens exceeds {self.room} positions")
         ids = [torch.tensor((context + answer)[-self.room - 1:]) for _, context, answer in requests]
         counts = [torch.arange(-len(x), 0) >= -len(answer) for x, (_, _, answer) in zip(ids, requests)]
-        each = score_examples(self.row.base, self.row.rewards, text.Tokens(ids, counts), self.how.batch)
+        each = score_examples(self.row.base, self.row.rewards, text.Tokens(ids, counts), self.how)
         return [(-x[:, 0].sum().item(), bool(x[:, 1].all())) for x in each]
 
     def loglikelihood_rolling(self, requests, **_):
@@ -82,12 +82,11 @@ class TiltedModel(TemplateLM):
         return [postprocess_generated_text(self.tokenizer.decode(x), until, None) for x in written]
 
 
-def score_examples(base, rewards, data, batch):
+def score_examples(base, rewards, data, how):
     """Returns what scores.score_targets does for each of N text.Tokens: a list of [targets, 3] on the CPU.
 
-    batch: batch size, in batches of similar lengths.
     """
-    parts = answers.by_length(data.ids, batch)
+    parts = answers.by_tokens(data.ids, how)
     found = scores.score_targets(base, rewards, [text.collate(data, torch.tensor(part)) for part in parts])
     order = [i for part in parts for i in part]
     found = dict(zip(order, found.cpu().split([int(data.counts[i][1:].sum()) for i in order])))

@@ -1,6 +1,7 @@
 """What a run of a script needs besides the method: interruption, device, processes, and batches."""
 import contextlib
 import functools
+import math
 import os
 import re
 import signal
@@ -17,15 +18,21 @@ from tqdm import tqdm
 STOP = SimpleNamespace(training=False, signal=0, time=0.0)
 
 
-def main(script):
-    """Calls a script's main(); user errors print one line and exit with code 2, without a traceback."""
+def main(script, remedy="take a smaller model"):
+    """Calls a script's main(); user errors print one line and exit with code 2, without a traceback.
+
+    remedy: what to do if a GPU's memory does not suffice.
+    """
     STOP.training, STOP.signal, streams = False, 0, (sys.stdout, sys.stderr)
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr, keep="\r")  # of progress bars
     handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         script()
-    except (ValueError, OSError, ArithmeticError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError) as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = f"{reason.partition(' Process ')[0]} What helps: {remedy}"
+        sys.stderr.write(f"error: {reason}\n")
         sys.exit(2)
     finally:
         for number, handler in handlers.items():
@@ -135,6 +142,11 @@ def setup(device=None):
     return device
 
 
+def world_size():
+    """Returns the number of processes that torchrun started, or 1."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def blocks(model):
     """Returns the parts of a model that repeat, such as a transformer's blocks; [] if none do."""
     # Of exactly this type: the parts of a ticket's ParametrizationList, a subclass, are no blocks.
@@ -153,8 +165,11 @@ def place(model, device, dtype=torch.float32, vectors=torch.float32, compile=Fal
     graph, and remain compiled where they are sharded and computed again for backward: a graph of the whole
     model would break there.
     """
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    check_memory(16 * trained / world_size(), device,  # weights, gradients, and Adam's averages
+                 "take a smaller model, or more GPUs (torchrun)")
     parts, shard = [model], None
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         from models import processes
         parts, shard = [*blocks(model), model], processes.sharding(device)
     for part in parts:
@@ -168,6 +183,13 @@ def place(model, device, dtype=torch.float32, vectors=torch.float32, compile=Fal
         torch._dynamo.config.recompile_limit = 64  # instead of 8: for each dtype, shape, and mode of a block
         for part in blocks(model) or [model]:
             part.forward = torch.compile(part.forward)
+
+
+def check_memory(need, device, remedy):
+    """Raises ValueError if a GPU has fewer free bytes than are needed."""
+    free = math.inf if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if need > free:
+        raise ValueError(f"{device} has {free / 1e9:.1f} GB free, and {need / 1e9:.1f} are needed: {remedy}")
 
 
 def frozen_dtype(device):

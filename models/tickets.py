@@ -140,7 +140,8 @@ def start(args, model, info, state):
     info: entries of the checkpoint, to which a ticket's are added. state: the checkpoint to continue from, or
     None. Raises ValueError if that was a mask over other weights.
     """
-    model.float()
+    for p in model.parameters():
+        p.data = p.data.to(torch.float32, copy=True)  # else it may be a weight of the source
     if "random" in (args.reward_init, args.ticket):
         torch.manual_seed(args.seed + 1)  # the source may have started from the weights of args.seed
         head = model.head if info["kind"] == "classifier" else None

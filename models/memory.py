@@ -1,0 +1,60 @@
+"""What tuning a GPT needs of a GPU's memory, and how many tokens of a micro-batch therefore fit."""
+import torch
+
+from models import runs
+
+LOGITS = 1 / 8  # of the memory, for the logits of a chunk (train_lm.chunk_size)
+RESERVE = 1 / 10  # of the memory, for CUDA itself and for gaps between tensors
+
+
+def bytes_per_token(arch, recompute):
+    """Returns how many bytes a token keeps for the backward pass, in bfloat16 autocast.
+
+    A layer keeps the inputs of its two norms in float32, 4 bytes each, and everything else in bfloat16, 2
+    bytes each: the norms' outputs, which autocast casts anew for each of the matrices that read them (5, or 4
+    without a gate), rotated queries and keys, values, attention's output, and 4 values in the gated MLP (2
+    without a gate). The layer that runs backward takes about as much again. With recompute, a layer keeps its
+    input alone, in float32, until it is computed again.
+
+    For Qwen2.5-0.5B a layer keeps 18 x 896 + 4 x (896 + 128) + 8 x 4,864 = 59,136 bytes; 25 of them are
+    1.48 MB, and with recompute 24 x 4 x 896 + 2 x 59,136 bytes are 0.20 MB.
+    """
+    width, query, key = arch["width"], *(arch[k] * arch["head_width"] for k in ("heads", "kv_heads"))
+    norms, mlp = (18, 8) if arch["gated_mlp"] else (16, 4)
+    layer = norms * width + 4 * (query + key) + mlp * arch["mlp"]
+    return 4 * width * arch["layers"] + 2 * layer if recompute else (arch["layers"] + 1) * layer
+
+
+def accumulation(args, longest, model, source, device):
+    """Returns the smallest --accum of which all micro-batches fit into memory beside the models.
+
+    longest: tokens of the longest example. Other arguments as in `tokens`. Raises ValueError if not even one
+    example fits.
+    """
+    each = args.batch // runs.world_size()
+    for accum in (n for n in range(1, each + 1) if each % n == 0):
+        if each // accum * longest <= tokens(model, source, device, accum, args.recompute):
+            return accum
+    raise ValueError(f"an example of {longest} tokens does not fit into the GPU's memory beside the models: "
+                     "add --recompute, lower --length, take a smaller --source, or more GPUs (torchrun)")
+
+
+def tokens(model, source, device, accum, recompute):
+    """Returns how many tokens of a micro-batch fit into a GPU beside the models; negative if none do.
+
+    model: the GPT to train. source: the frozen one, or None. A trained weight takes 4 bytes each for itself,
+    its gradient, and Adam's two averages, in float32, and 2 for its copy by autocast; one of the source 2.
+    With several processes these are spread over them, but for autocast's copies, and for the weights that are
+    in no block (embedding and output matrix), which stay gathered with their gradients: 8 bytes. With --accum
+    above 1 the gradients of all weights are added up before they are spread: 4 bytes.
+
+    With 80 GB, of which 62 are neither LOGITS nor RESERVE, Qwen2.5-0.5B's 494 million weights take 20 bytes
+    each, 9.9 GB; the rest holds 35,258 tokens.
+    """
+    processes, memory = runs.world_size(), torch.cuda.mem_get_info(device)[1]
+    trained, frozen = (sum(p.numel() for p in m.parameters()) if m else 0 for m in (model, source))
+    need = (16 * trained + 2 * frozen) / processes + 2 * trained
+    if processes > 1:
+        in_blocks = sum(p.numel() for p in model.layers.parameters())
+        need += 8 * (trained - in_blocks) + (4 * trained if accum > 1 else 0)
+    return int((memory * (1 - LOGITS - RESERVE) - need) / bytes_per_token(model.arch, recompute))
