@@ -49,7 +49,7 @@ def tokens(model, source, device, accum, recompute):
     above 1 the gradients of all weights are added up before they are spread: 4 bytes.
 
     With 80 GB, of which 62 are neither LOGITS nor RESERVE, Qwen2.5-0.5B's 494 million weights take 20 bytes
-    each, 9.9 GB; the rest holds 35,258 tokens.
+    each, 9.9 GB; the rest holds 35,253 tokens.
     """
     processes, memory = runs.world_size(), torch.cuda.mem_get_info(device)[1]
     trained, frozen = (sum(p.numel() for p in m.parameters()) if m else 0 for m in (model, source))

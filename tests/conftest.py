@@ -167,7 +167,7 @@ def call_main(main, *argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*map(str, argv)])
         try:
-            runs.main(main)
+            runs.main(main, getattr(sys.modules[main.__module__], "REMEDY", ""))
         except SystemExit as stop:
             return stop.code
     return 0
@@ -193,16 +193,21 @@ def output(*command, **options):
     return done.stdout
 
 
-TWO_PROCESSES = f"""
-import json, sys
+PROCESSES = f"""
+import functools, json, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from conftest import SCRIPTS, call, prt
+from conftest import SCRIPTS, call, prt, torch
 _, name, commands, stop = sys.argv
-script = f"{{name}}.py"
+script, syncs = f"{{name}}.py", []
 *finished, failing = json.loads(commands)
+torch.compile = functools.partial(torch.compile, backend="eager")  # graphs without a compiler
+synchronize = prt.FSDPModule.set_requires_gradient_sync
+prt.FSDPModule.set_requires_gradient_sync = lambda model, last: syncs.append(last) or synchronize(model, last)
 for command in finished:
     sys.argv[1:] = command
     SCRIPTS[script].main()
+    counts = torch._dynamo.utils.counters
+    print("graphs", counts["stats"]["unique_graphs"], "broken", len(counts["graph_break"]), "syncs", *syncs)
 fit = prt.fit
 prt.fit = lambda policy, indices, *args, **options: fit(
     policy, lambda step: 1 / 0 if step == int(stop) else indices(step), *args, **options)
@@ -210,14 +215,14 @@ assert call(script, *failing) == 2 and not prt.dist.is_initialized()
 """
 
 
-def two_processes(script, commands, stop, folder, **options):
-    """Runs command lines of a script (a name without .py) under torchrun, all in the same two processes.
+def processes(n, script, commands, stop, folder, **options):
+    """Runs command lines of a script (a name without .py) under torchrun, all in the same n processes.
 
-    The last one fails in step `stop`. Returns what they print.
+    The last one fails in step `stop`. Returns what they print, with a line of counts after each command.
     """
-    file = folder / "two_processes.py"
-    file.write_text(TWO_PROCESSES)
-    return output("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", file, script,
+    file = folder / "processes.py"
+    file.write_text(PROCESSES)
+    return output("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", file, script,
                   json.dumps(commands), stop, **options)
 
 

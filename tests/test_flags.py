@@ -136,7 +136,7 @@ def test_a_run_does_not_resume_with_other_classes(paths, capfd, command):
 
 @pytest.mark.parametrize("options, values", [
     ("--batch 8 --warmup 0 --out y.pt", dict(batch=8, lr=2e-5, warmup=0, out="y.pt")),
-    ("", dict(method="prt", batch=128, accum=16, lr=2e-5, epochs=2, steps=None, length=1024, warmup=None,
+    ("", dict(method="prt", batch=128, accum=None, lr=2e-5, epochs=2, steps=None, length=1024, warmup=None,
               weight_decay=0.0, beta=1.0, source="Qwen/Qwen2.5-0.5B", out="out/gsm8k-prt.pt")),
     ("--data some/where --method ft --source x.pt", dict(lr=2e-5, source="x.pt", out="out/where-ft.pt")),
     ("--method pretrain --lr 1 --size old", dict(size="old", lr=1.0, weight_decay=0.1)),

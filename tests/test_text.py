@@ -285,6 +285,24 @@ def test_grouped_batches_hold_the_examples_of_the_shuffled_ones_in_any_order_of_
     assert all(torch.equal(again(step), batches[step]) for step in reversed(range(steps)))
 
 
+def test_the_two_batches_with_the_longest_examples_come_first():
+    """Catches: A run exceeds the memory after hours, or equal lengths no longer keep their order."""
+    lengths, shuffled, indices = grouped(800, 173)
+    longest = [int(lengths[indices(step)].max()) for step in range(173)]
+    assert longest[:2] == sorted(longest, reverse=True)[:2] and longest[0] > longest[5]
+    equal = text.group_by_length(lambda step: torch.arange(8) + step, [65] * 20, 8, 5, 0)
+    same = [text.group_by_length(lambda step: torch.arange(8) + step, [9] * 20, 8, 5, 0)(k) for k in range(5)]
+    assert all(torch.equal(equal(step), same[step]) for step in range(5))
+
+
+def test_texts_are_batched_from_the_longest_down():
+    """Catches: A batch has more tokens than are allowed, padding included, or a long text is in none."""
+    texts = [[0] * n for n in (3, 9, 1, 40, 4, 4, 2)]
+    assert text.by_length(texts, lambda n, longest: n <= 3) == [[3, 1, 4], [5, 0, 6], [2]]
+    assert text.by_length(texts, lambda n, longest: n * longest <= 12) == [[3], [1], [4, 5, 0], [6, 2]]
+    assert text.by_length([], lambda n, longest: True) == []
+
+
 def test_grouped_batches_have_little_padding_in_an_order_that_the_seed_shuffles():
     """Catches: Lengths, and with them gradients, grow within a pool, or in the same order for all seeds."""
     (lengths, shuffled, one), (*_, other) = grouped(800, 100), grouped(800, 100, seed=4)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EVAL, NEW, TRAIN, TUNE_LM, call, interrupted, one_line, two_processes
+from conftest import EVAL, NEW, TRAIN, TUNE_LM, call, interrupted, one_line, processes
 from helpers import load, write_trap
 from torch.nn.utils import parametrize
 
@@ -53,7 +53,9 @@ def test_the_mask_keeps_exactly_the_stated_share_also_of_a_tiny_matrix(keep, fre
 
 
 @pytest.mark.parametrize("scores", [torch.zeros(100), torch.tensor([1.0, 0.0]).repeat(50), torch.randn(100)])
-def test_the_mask_is_that_of_the_highest_scores_and_of_equal_ones_the_first(scores):
+def test_the_mask_is_that_of_the_highest_scores_and_of_equal_ones_the_first(scores, monkeypatch):
+    """Catches: The threshold is found by kthvalue, which takes 39 s a step on a GPU, for 0.5 billion weights."""
+    monkeypatch.setattr(torch.Tensor, "kthvalue", None, raising=False)
     first = scores.argsort(descending=True, stable=True)[:30]
     assert tickets.TopK.apply(scores, 30).equal(torch.zeros(100).index_fill(0, first, 1.0))
 
@@ -272,7 +274,7 @@ def test_two_processes_train_the_ticket_of_one_and_one_resumes_it(paths, in_text
     flags = [*flags, "--steps", "4", "--accum", "4", "--ticket", "random", "--freeze", "0.3", "--lr", "0.1",
              "--warmup", "0", "--out"]
     one, start, two, half = (str(tmp_path / f"{name}.pt") for name in ("one", "start", "two", "half"))
-    two_processes(script, [[*flags, two], [*flags, half]], 2, tmp_path, cwd=in_texts.folder)
+    processes(2, script, [[*flags, two], [*flags, half]], 2, tmp_path, cwd=in_texts.folder)
     for more in [one], [half, "--resume"], [start, "--lr", "1e-9"]:
         assert call(f"{script}.py", *flags, *more) == 0
     assert agreement(one, two) > 0.999 and agreement(one, half) > 0.999

@@ -21,9 +21,9 @@ from conftest import (
     interrupted,
     jsonl,
     one_line,
+    processes,
     read,
     same,
-    two_processes,
 )
 
 import prt
@@ -41,7 +41,7 @@ def start(method):
 
 
 DEFAULT = ("train_lm.py", "--steps", 3, "--batch", 8)
-ROW = re.compile(r"^((?:base|source) .*?\d) +\d+$", re.M)  # up to the last column, the tokens per second
+ROW = re.compile(r"^((?:base|source) .*?\d) +[\d.]+ +\d+$", re.M)  # up to the columns of time, the last two
 
 
 def test_a_rerun_without_flags_trains_only_what_is_not_finished(texts, tmp_path, monkeypatch, capfd):
@@ -176,10 +176,36 @@ def test_two_processes_equal_one_which_resumes_their_run(texts, tmp_path):
     (tmp_path / "uneven.jsonl").write_text(jsonl(rows))
     command = (*TUNE_LM[1:], "--data", str(tmp_path / "uneven.jsonl"), "--steps", "12", "--warmup", "2",
                "--recompute", "--chunk", "7", "--out")
-    one, two, half = (str(tmp_path / f"{name}.pt") for name in ("one", "two", "half"))
-    two_processes("train_lm", [(*command, two), (*command, half)], 8, tmp_path, cwd=texts.folder)
+    one, two, half, quick = (str(tmp_path / f"{name}.pt") for name in ("one", "two", "half", "compiled"))
+    commands = [(*command, two), (*command, quick, "--compile", "--accum", "2"), (*command, half)]
+    printed = processes(2, "train_lm", commands, 8, tmp_path, cwd=texts.folder)
     assert read(half)["step"] == 6 and not same(half, two, atol=1e-4)
     assert call("train_lm.py", *command, one, "--accum", 2) == 0
     assert call("train_lm.py", *command, half, "--resume") == 0
     assert same(one, two, atol=1e-5) and same(half, two, atol=1e-5) and not same(one, OLD, atol=1e-3)
     assert read(half)["step"] == 12 and "optimizer" not in read(half)
+    # One graph for all blocks of the reward and one for the source's, and for each another one for all other
+    # lengths; and one synchronization of gradients for each step.
+    plain, fast = re.findall(r"^graphs (\d+) broken 0 syncs (.*)$", printed, re.M)
+    assert plain == ("0", " ".join(["True"] * 12)) and fast[0] in ("2", "4")
+    assert fast[1].removeprefix(plain[1] + " ") == " ".join(["False", "True"] * 12)
+    assert same(one, quick, atol=1e-5)
+
+
+def test_four_processes_train_and_score_as_one_and_two_resume_their_run(texts, tmp_path, capsys):
+    """Catches: Processes gather the weights of two models in different orders, or score other texts."""
+    shutil.copytree(texts.folder / "out", tmp_path / "out")
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        shutil.copy("sums.jsonl", tmp_path / f"data/{split}.jsonl")
+    command = (*TUNE_LM[1:], "--data", str(tmp_path / "data"), "--steps", "6", "--warmup", "0", "--out")
+    one, four, half = (str(tmp_path / f"{name}.pt") for name in ("one", "four", "half"))
+    where = dict(folder=tmp_path, cwd=texts.folder)
+    printed = processes(4, "train_lm", [(*command, four), (*command, half)], 4, **where)
+    assert read(half)["step"] == 4
+    printed += processes(2, "train_lm", [(*command, half, "--resume", "--accum", "2"), (*command, "x.pt")], 0,
+                         **where)
+    assert call("train_lm.py", *command, one, "--accum", 4) == 0
+    assert same(one, four, atol=1e-5) and same(one, half, atol=1e-5) and not same(one, OLD, atol=1e-3)
+    scored = dict(re.findall(r"^(\S+): (NLL .*)$", printed + capsys.readouterr().out, re.M))
+    assert scored[one] == scored[four] == scored[half] != scored[OLD]

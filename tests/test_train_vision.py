@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import TRAIN, call, interrupted, read, same, two_processes
+from conftest import TRAIN, call, interrupted, processes, read, same
 
 import prt
 from data import files
@@ -60,7 +60,7 @@ def twice(shapes, convnext, tmp_path_factory):
     commands = [(*command, "--out", str(folder / f"{name}.pt")) for name, command in dict(
         plain=TUNE, augment=(*TUNE, "--augment"), convnext=(*TUNE, "--source", CONVNEXT), pretrain=PRETRAIN,
         resumed=(*TUNE, "--resume"), stopped=TUNE).items()]
-    printed = two_processes("train_vision", commands, 2, folder, cwd=shapes.folder, cache=shapes.cache)
+    printed = processes(2, "train_vision", commands, 2, folder, cwd=shapes.folder, cache=shapes.cache)
     return SimpleNamespace(folder=folder, printed=printed)
 
 
@@ -78,13 +78,17 @@ def test_two_processes_equal_one(twice, in_shapes, tmp_path, capsys, name, optio
     assert alone == together
 
 
-def test_two_processes_pretrain_the_clip_of_one_process(twice, in_shapes, tmp_path):
-    one, two = tmp_path / "one.pt", twice.folder / "pretrain.pt"
-    assert call("train_vision.py", *PRETRAIN, "--accum", 2, "--out", one) == 0
-    a, b = read(one)["model"], read(two)["model"]
+def assert_close(a, b):
+    a, b = read(a)["model"], read(b)["model"]
     for name, x in a.items():
         # A key's bias has no gradient but the rounding errors, which Adam magnifies.
         assert torch.allclose(x, b[name], atol=1e-4 if name.endswith("in_proj_bias") else 1e-6), name
+
+
+def test_two_processes_pretrain_the_clip_of_one_process(twice, in_shapes, tmp_path):
+    one, two = tmp_path / "one.pt", twice.folder / "pretrain.pt"
+    assert call("train_vision.py", *PRETRAIN, "--accum", 2, "--out", one) == 0
+    assert_close(one, two)
     torch.manual_seed(0)
     start, clip = CLIP(CLIPS["tiny"]), weights.load(two, "base", text=False)
     assert all(not torch.allclose(x, y, atol=1e-4) for x, y in zip(clip.parameters(), start.parameters()))
@@ -99,6 +103,22 @@ def test_a_run_goes_on_with_another_number_of_processes(twice, in_shapes, capsys
     assert re.findall(r"^stopped (\d)/4", capsys.readouterr().out, re.M) == ["3", "4"]
     for name in ("resumed", "stopped"):
         assert same(twice.folder / "plain.pt", twice.folder / f"{name}.pt", atol=1e-6)
+
+
+def test_four_processes_train_and_score_as_one_and_two_resume_their_run(in_shapes, tmp_path, capsys):
+    """Catches: Processes gather the weights of two models in different orders, or score other images."""
+    command = (*TUNE, "--augment", "--out")
+    one, four, half = (str(tmp_path / f"{name}.pt") for name in ("one", "four", "half"))
+    where = dict(folder=tmp_path, cwd=in_shapes.folder, cache=in_shapes.cache)
+    printed = processes(4, "train_vision", [(*command, four), (*command, half)], 3, **where)
+    assert read(half)["step"] == 3
+    printed += processes(2, "train_vision", [(*command, half, "--resume", "--accum", "2"),
+                                             (*command, str(tmp_path / "x.pt"))], 0, **where)
+    assert call("train_vision.py", *command, one, "--accum", 4) == 0
+    assert_close(one, four)
+    assert_close(one, half)
+    scored = dict(re.findall(r"^(\S+): ([\d.]+%) on", printed + capsys.readouterr().out, re.M))
+    assert scored[one] == scored[four] == scored[half]
 
 
 @pytest.mark.parametrize("flags", ["--seed 1", "--augment", "--alpha 0.5", "--weight-decay 0.5", "--warmup 1",

@@ -1,0 +1,179 @@
+"""What training and loading take of memory: models/memory.py, runs.place, and errors of GPUs that lack it."""
+import re
+import shutil
+from types import SimpleNamespace
+
+import bench
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import EVAL_LM, FIXTURES, OLD, ROOT, TUNE_LM, call, one_line
+
+import prt
+import train_lm
+from models import memory, processes, runs, weights
+from models.gpt import GPT
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+QWEN = bench.TEXTS["qwen2.5-0.5b"]
+FALCON = QWEN | dict(width=2048, layers=18, heads=8, kv_heads=4, head_width=256, mlp=8192, vocab=131072,
+                     tied=False, qkv_bias=False)
+
+
+def on_meta(arch):
+    with torch.device("meta"):
+        return GPT(arch)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretends that a GPU has this much memory: gpu(free, total) in GB."""
+    return lambda free, total: monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda device: (int(free * 1e9), int(total * 1e9)))
+
+
+@pytest.mark.parametrize("arch", [bench.TEXTS["qwen2.5-0.5b"], FALCON, bench.TEXTS["gpt2"]])
+def test_a_layer_keeps_what_the_docstring_adds_up(arch, monkeypatch):
+    """The tensors that autograd saves, with norms as on CUDA: in float32, and with their inputs alone."""
+    def norm(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return Kept.apply(x.float())
+
+    class Kept(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return F.rms_norm(x, x.shape[-1:])
+
+    for kind in (torch.nn.RMSNorm, torch.nn.LayerNorm):
+        monkeypatch.setattr(kind, "forward", norm)
+
+    def saved(layers):
+        model, found = GPT(arch | dict(vocab=64, positions=64, layers=layers)), {}
+        own = {p.numel() for p in model.parameters()}  # autocast's copies of weights have these sizes
+
+        def pack(x):
+            if x.numel() not in own:
+                found[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+            model.features(torch.zeros(1, 61, dtype=torch.long))
+        return sum(x.untyped_storage().nbytes() for x in found.values())
+
+    layer = memory.bytes_per_token(arch, False) / (arch["layers"] + 1)
+    assert (saved(2) - saved(1)) / 61 == pytest.approx(layer, rel=0.03)
+    with_recompute = memory.bytes_per_token(arch, True)
+    assert with_recompute == pytest.approx(4 * arch["width"] * arch["layers"] + 2 * layer)
+
+
+def test_the_arithmetic_in_the_docstrings_is_right(gpu):
+    gpu(1, 80)
+    assert 25 * 59_136 == memory.bytes_per_token(QWEN, False) and "59,136" in memory.bytes_per_token.__doc__
+    assert memory.bytes_per_token(QWEN, True) == 24 * 4 * 896 + 2 * 59_136
+    model = on_meta(QWEN)
+    assert sum(p.numel() for p in model.parameters()) == 494_032_768
+    found = memory.tokens(model, model, CUDA, 1, False)
+    assert f"{found:,} tokens" in memory.tokens.__doc__
+
+
+@pytest.mark.parametrize("arch, longest, recompute, n, want", [
+    (QWEN, 500, False, 1, 2), (FALCON, 4096, True, 1, 8), (QWEN, 500, False, 8, 1), (FALCON, 4096, True, 8, 1),
+    (QWEN, 300, False, 16, 1)])
+def test_the_recipes_of_the_readme_take_the_fewest_micro_batches_that_fit(gpu, monkeypatch, arch, longest,
+                                                                         recompute, n, want):
+    gpu(1, 80)
+    monkeypatch.setattr(runs, "world_size", lambda: n)
+    model, args = on_meta(arch), SimpleNamespace(batch=128, recompute=recompute)
+    assert memory.accumulation(args, longest, model, model, CUDA) == want
+
+
+def test_a_model_that_is_too_large_is_refused_before_it_is_placed(gpu, monkeypatch):
+    gpu(24, 40)
+    model, args = on_meta(FALCON), SimpleNamespace(batch=128, recompute=True)
+    with pytest.raises(ValueError, match="4096 tokens does not fit .*add --recompute.*torchrun"):
+        memory.accumulation(args, 4096, model, model, CUDA)
+    with pytest.raises(ValueError, match=r"cuda:0 has 24.0 GB free, and 26.7 are needed: .*torchrun"):
+        runs.place(model, CUDA)
+    monkeypatch.setattr(runs, "world_size", lambda: 2)
+    with pytest.raises(Exception, match="rocess group"):  # goes on, to the processes that are not there
+        runs.place(model, CUDA)
+
+
+OOM = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1.02 GiB "
+       "is free. Process 7 has 78.00 GiB memory in use. Of the allocated memory 77 GiB is allocated by PyTorch")
+
+
+@pytest.mark.parametrize("command, module, name, words", [
+    ((*TUNE_LM, "--steps", "1", "--out", "x.pt"), prt, "fit", "raise --accum, add --recompute, .*torchrun"),
+    ((*EVAL_LM, "--limit", "2"), prt, "generate", "lower --batch")])
+def test_out_of_memory_is_one_line_with_a_remedy(in_texts, tmp_path, monkeypatch, capfd, command, module, name,
+                                                 words):
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError(OOM)
+
+    monkeypatch.setattr(module, name, fail)
+    code = call(*command)
+    error = capfd.readouterr().err
+    one_line(code, error, "Tried to allocate 2.00 GiB", "1.02 GiB is free.")
+    assert re.search(words, error) and "Process 7" not in error
+
+
+def test_models_that_exceed_a_gpu_are_refused_before_they_are_moved(in_texts, monkeypatch, capfd, gpu):
+    gpu(0.001, 80)
+    monkeypatch.setattr(runs, "setup", lambda device: CUDA)
+    code = call(*EVAL_LM, "--limit", "2")
+    one_line(code, capfd.readouterr().err, "cuda:0 has 0.0 GB free", "--base")
+
+
+def test_a_process_holds_one_block_beside_its_share(monkeypatch):
+    """Catches: All of a model is cast to float32, or moved, before its first block is spread."""
+    model, whole = weights.load(FIXTURES / "llama2", dtype=torch.bfloat16), []
+
+    def shard(part):  # frees what is spread: a process has a small share of it
+        mine = [p for p in model.parameters() if p.dtype == torch.float32]
+        assert {id(p) for p in mine} == {id(p) for p in part.parameters() if p.dtype == torch.float32}
+        whole.append(len(mine))
+        for p in mine:
+            p.data = p.data.half()
+
+    monkeypatch.setattr(runs, "world_size", lambda: 2)
+    monkeypatch.setattr(runs, "DTensor", ())
+    monkeypatch.setattr(processes, "sharding", lambda device: shard)
+    runs.place(model.requires_grad_(False), CPU)
+    assert whole[:3] == [9, 9, 9] and len(whole) == model.arch["layers"] + 1
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_trained_model_may_share_the_weights_of_a_file_or_of_another_one(tmp_path, frozen):
+    """Catches: Training changes the source, which has the same weights, or the file that both come from."""
+    path = shutil.copytree(FIXTURES / "llama2", tmp_path / "llama2") / "model.safetensors"
+    before, source = path.read_bytes(), weights.load(tmp_path / "llama2", dtype=None)
+    model = weights.build(source.info, source.arch, source.state_dict(), None).requires_grad_(not frozen)
+    runs.place(model, CPU)
+    for a, b in zip(model.parameters(), source.parameters()):
+        assert (a.data_ptr() == b.data_ptr()) == (frozen and b.dtype == torch.float32)
+        a.data.zero_()
+    assert path.read_bytes() == before
+
+
+def test_weights_in_bfloat16_are_not_autocast_and_rope_is_cast_once():
+    """Catches: The frozen source computes its norms in float32, or every layer casts the same tables."""
+    model, ids, seen = weights.load(FIXTURES / "llama2"), torch.arange(3, 9)[None], []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda layer, inputs: seen.append([x.dtype for x in inputs[1]]))
+    plain = model(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(ids)
+        frozen = model.bfloat16()
+        inside = frozen(ids)
+    assert torch.equal(inside, frozen(ids)) and inside.dtype == torch.bfloat16
+    assert (plain - rounded).abs().max() > 0
+    n = len(model.layers)
+    assert seen == [[torch.float32] * 2] * n + [[torch.bfloat16] * 2] * 3 * n
+
+
+def test_the_scripts_name_the_remedies():
+    for flag in re.findall(r"--[a-z]+", train_lm.REMEDY):
+        assert flag in (ROOT / "train_lm.py").read_text() + (ROOT / "models/flags.py").read_text()
+    assert OLD
