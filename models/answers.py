@@ -67,7 +67,7 @@ def generate(row, prompts, how, end, room, until=(), to_text=None):
         T, rows = len(prompts[batch[0]]), batch + batch[-1:] * (size - len(batch))
         pad = [T - len(prompts[i]) for i in rows]
         ids = torch.tensor([[end] * n + prompts[i] for n, i in zip(pad, rows)], device=device)  # [B, T]
-        pad = torch.tensor(pad, device=device) if any(pad) else None
+        pad = torch.tensor(pad, device=device) if any(pad) or how.compile else None  # None: another graph
         decode = decoder(row, how, generator, end, until, to_text)
         new = decode(row.base, row.rewards, ids, length=length, end=end, pad=pad)[:, T:].tolist()
         for i, ids in zip(batch, new):

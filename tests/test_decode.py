@@ -11,7 +11,7 @@ from helpers import error, load
 import prt
 from data import arithmetic, text
 from data.tokenizer import Tokenizer
-from models import decode, pretrain, runs, sampling
+from models import answers, decode, pretrain, runs, sampling
 from models.gpt import GPT
 
 
@@ -137,6 +137,35 @@ def test_compiled_steps_write_the_same_text(trained, traced, name, speculate):
     frames = 4 if speculate else 1
     assert 0 < traced["ok"] == traced["total"] <= frames or name == "a base alone"  # its check runs no model
     assert_same_text(way, trained, rewards, [batch], **options)
+
+
+def test_one_cache_and_one_graph_serve_all_batches_of_a_table(trained, traced, monkeypatch):
+    """Catches: A cache for each length stays in memory, or the last, smaller batch is compiled anew."""
+    made, row = [], SimpleNamespace(base=trained.base, rewards=[(1.0, trained.reward)], drafter=None)
+    cache = GPT.cache
+    monkeypatch.setattr(GPT, "cache", lambda self, *shape: made.append(shape[:2]) or cache(self, *shape))
+    prompts = [[5] * n for n in (3, 100, 130, 20, 7)]
+    how = answers.Decoding(batch=2, new_tokens=9, compile=True)
+    written = answers.generate(row, prompts, how, trained.end, 256)
+    assert made == [(2, 256)] * 2 and traced["total"] == traced["ok"] == 1
+    assert written == answers.generate(row, prompts, how._replace(compile=False), trained.end, 256)
+    made.clear()
+    answers.generate(row, prompts[:1], how, trained.end, 256)  # another batch size takes its place
+    assert made == [(1, 128)] * 2
+    assert {decode.CACHES[model].length for model in (trained.base, trained.reward)} == {128}
+
+
+def test_few_numbers_of_drafts_are_checked(trained, monkeypatch):
+    """Catches: Each number of drafts, also at the end of a text, needs another graph."""
+    seen, accept = set(), decode.accept
+    monkeypatch.setattr(decode, "accept", lambda p, q, drafts, *rest: seen.add(drafts.shape[1]) or accept(
+        p, q, drafts, *rest))
+    for name in ("prt", "the mixture itself"):
+        rewards, drafter = drafted(trained, name)
+        for length in (2, 7, 31, 60):
+            for ids, pad in trained.cases:
+                decode.speculative(trained.base, rewards, ids, length=length, pad=pad, drafter=drafter)
+    assert seen == {0, 1, 4, 8, 16}
 
 
 def test_logits_of_a_compiled_step_outlive_it(trained, monkeypatch):

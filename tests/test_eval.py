@@ -41,9 +41,10 @@ def tokenizer(in_texts):
 
 # Tables
 
-TABLES = dict(shapes=("beta top1 nll kl ms", "{top1:.2%} {nll:.3f} {kl:.3f} {ms:.3f}"),
-              texts=("beta form exact error nll accuracy kl speed",
-                     "{form:.1%} {exact:.1%} {error:.1%} {nll:.3f} {accuracy:.1%} {kl:.3f} {speed:.0f}"))
+TABLES = dict(
+    shapes=("beta top1 nll kl ms", "{top1:.2%} {nll:.3f} {kl:.3f} {ms:.3f}"),
+    texts=("beta form exact error nll accuracy kl ms speed",
+           "{form:.1%} {exact:.1%} {error:.1%} {nll:.3f} {accuracy:.1%} {kl:.3f} {ms:.3f} {speed:.0f}"))
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,12 @@ def test_the_time_of_the_compiler_is_not_measured(in_texts, monkeypatch, table, 
     assert {row["speed"] for row in rows} == {50}  # with the end tokens
     steps = 2 * 10 if "--speculative" in options else 10  # batches of 4, and of 5
     assert {row["ms"] for row in rows} == {1000 / steps}
+
+
+@pytest.mark.parametrize("batch, printed", [(4, False), (5, True)])
+def test_speculation_says_what_a_large_batch_costs(in_texts, table, capsys, batch, printed):
+    table(*EVAL_LM, "--limit", 2, "--speculative", "--batch", batch)
+    assert (f"--speculative --batch {batch}: all rows" in capsys.readouterr().out) == printed
 
 
 class Model(str):

@@ -57,7 +57,8 @@ def test_a_layer_keeps_what_the_docstring_adds_up(arch, monkeypatch):
                 found[x.untyped_storage().data_ptr()] = x
             return x
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
             model.features(torch.zeros(1, 61, dtype=torch.long))
         return sum(x.untyped_storage().nbytes() for x in found.values())
 
@@ -69,7 +70,7 @@ def test_a_layer_keeps_what_the_docstring_adds_up(arch, monkeypatch):
 
 def test_the_arithmetic_in_the_docstrings_is_right(gpu):
     gpu(1, 80)
-    assert 25 * 59_136 == memory.bytes_per_token(QWEN, False) and "59,136" in memory.bytes_per_token.__doc__
+    assert memory.bytes_per_token(QWEN, False) == 25 * 59_136 and "59,136" in memory.bytes_per_token.__doc__
     assert memory.bytes_per_token(QWEN, True) == 24 * 4 * 896 + 2 * 59_136
     model = on_meta(QWEN)
     assert sum(p.numel() for p in model.parameters()) == 494_032_768
@@ -78,10 +79,10 @@ def test_the_arithmetic_in_the_docstrings_is_right(gpu):
 
 
 @pytest.mark.parametrize("arch, longest, recompute, n, want", [
-    (QWEN, 500, False, 1, 2), (FALCON, 4096, True, 1, 8), (QWEN, 500, False, 8, 1), (FALCON, 4096, True, 8, 1),
-    (QWEN, 300, False, 16, 1)])
-def test_the_recipes_of_the_readme_take_the_fewest_micro_batches_that_fit(gpu, monkeypatch, arch, longest,
-                                                                         recompute, n, want):
+    (QWEN, 500, False, 1, 2), (QWEN, 500, False, 8, 1), (FALCON, 4096, True, 1, 8),
+    (FALCON, 4096, True, 8, 1)])
+def test_the_recipes_of_the_readme_take_the_fewest_micro_batches(gpu, monkeypatch, arch, longest, recompute,
+                                                                 n, want):
     gpu(1, 80)
     monkeypatch.setattr(runs, "world_size", lambda: n)
     model, args = on_meta(arch), SimpleNamespace(batch=128, recompute=recompute)
@@ -100,15 +101,14 @@ def test_a_model_that_is_too_large_is_refused_before_it_is_placed(gpu, monkeypat
         runs.place(model, CUDA)
 
 
-OOM = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1.02 GiB "
-       "is free. Process 7 has 78.00 GiB memory in use. Of the allocated memory 77 GiB is allocated by PyTorch")
+OOM = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which "
+       "1.02 GiB is free. Process 7 has 78.00 GiB memory in use. Of the allocated memory 77 GiB is allocated")
 
 
 @pytest.mark.parametrize("command, module, name, words", [
-    ((*TUNE_LM, "--steps", "1", "--out", "x.pt"), prt, "fit", "raise --accum, add --recompute, .*torchrun"),
+    ((*TUNE_LM, "--steps", "1", "--out", "oom.pt"), prt, "fit", "raise --accum, add --recompute, .*torchrun"),
     ((*EVAL_LM, "--limit", "2"), prt, "generate", "lower --batch")])
-def test_out_of_memory_is_one_line_with_a_remedy(in_texts, tmp_path, monkeypatch, capfd, command, module, name,
-                                                 words):
+def test_out_of_memory_is_one_line_with_a_remedy(in_texts, monkeypatch, capfd, command, module, name, words):
     def fail(*args, **options):
         raise torch.OutOfMemoryError(OOM)
 

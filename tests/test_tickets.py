@@ -54,7 +54,7 @@ def test_the_mask_keeps_exactly_the_stated_share_also_of_a_tiny_matrix(keep, fre
 
 @pytest.mark.parametrize("scores", [torch.zeros(100), torch.tensor([1.0, 0.0]).repeat(50), torch.randn(100)])
 def test_the_mask_is_that_of_the_highest_scores_and_of_equal_ones_the_first(scores, monkeypatch):
-    """Catches: The threshold is found by kthvalue, which takes 39 s a step on a GPU, for 0.5 billion weights."""
+    """Catches: The threshold is found by kthvalue, which for 0.5 billion weights takes 39 s on a GPU."""
     monkeypatch.setattr(torch.Tensor, "kthvalue", None, raising=False)
     first = scores.argsort(descending=True, stable=True)[:30]
     assert tickets.TopK.apply(scores, 30).equal(torch.zeros(100).index_fill(0, first, 1.0))

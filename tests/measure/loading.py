@@ -25,8 +25,8 @@ from helpers import write_safetensors
 from models import pretrain, runs, weights
 from models.gpt import GPT
 
-CONFIG = dict(model_type="llama", vocab_size=550, hidden_size=1024, num_hidden_layers=8, num_attention_heads=16,
-              intermediate_size=2816, max_position_embeddings=1024, rms_norm_eps=1e-5, eos_token_id=549,
+CONFIG = dict(model_type="llama", vocab_size=550, hidden_size=1024, intermediate_size=2816, eos_token_id=549,
+              num_hidden_layers=8, num_attention_heads=16, max_position_embeddings=1024, rms_norm_eps=1e-5,
               hidden_act="silu", tie_word_embeddings=False)
 
 
