@@ -96,12 +96,12 @@ def train(args, device, state):
     indices = text.group_by_length(indices, lengths, args.batch, steps, args.seed)
     few = ": few; raise --epochs, or lower --batch" if steps < 50 and not args.steps else ""
     flags.check_warmup(args, steps)
-    if args.accum is None:
-        args.accum = math.gcd(16, args.batch // runs.world_size())
-        if device.type == "cuda":
-            from models import memory
-            args.accum = memory.accumulation(args, max(lengths) - 1, model, source, device)
-    print(f"{used} of {len(lengths)} examples, {steps} steps{few}; --accum {args.accum}")
+    accum, chunk = args.accum or math.gcd(16, args.batch // runs.world_size()), args.chunk or 512
+    if device.type == "cuda":
+        from models import memory
+        chunk = args.chunk or memory.chunk_size(model.arch["vocab"], device)
+        accum = args.accum or memory.accumulation(args, max(lengths) - 1, chunk, model, source, device)
+    print(f"{used} of {len(lengths)} examples, {steps} steps{few}, --accum {accum}, --chunk {chunk}")
 
     def fetch(i, generator):
         return *runs.to_device(text.collate(data, i), device), None
@@ -119,11 +119,10 @@ def train(args, device, state):
             runs.place(network, device, dtype, dtype, args.compile)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     start = weights.restore(args, model, optimizer, state, steps)
-    chunk = args.chunk or chunk_size(model.arch["vocab"], device)
     history = prt.fit(
         model, indices, fetch, base=source, method=args.method if source else "prt", beta=args.beta,
         alpha=args.alpha, optimizer=optimizer, steps=steps, decay="linear",
-        warmup=round(0.03 * steps) if args.warmup is None else args.warmup, accum=args.accum,
+        warmup=round(0.03 * steps) if args.warmup is None else args.warmup, accum=accum,
         seed=args.seed, head=GPT.head, chunk=chunk, start=start, stop=runs.stopping,
         name=Path(args.out).stem,
         save=lambda step: weights.save(args, info, model, optimizer, step, steps))
@@ -151,17 +150,6 @@ def load_models(args):
     if end is None:
         raise ValueError(f"{args.source}: its config.json names no eos_token_id, which ends every response")
     return model, source, tokenizer, end
-
-
-def chunk_size(vocab, device):
-    """Returns for how many targets prt.fit computes logits at a time.
-
-    512 on a CPU, and on CUDA as many as an eighth of the memory holds. A target takes 32 bytes per token of
-    the vocabulary: 2 each for the logits of both models in bfloat16, and 4 each for up to 7 values in
-    float32, such as r, the tilted logits, their log-softmax, and its gradient. With 80 GB and Qwen2.5's
-    151,936 tokens, these are 2,056 targets.
-    """
-    return 512 if device.type == "cpu" else torch.cuda.mem_get_info(device)[1] // 8 // (32 * vocab)
 
 
 if __name__ == "__main__":

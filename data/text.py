@@ -4,7 +4,6 @@ An example is a list of segments (text, counts). If counts is True, the loss inc
 token after it; if it is None, for an answer that is not trained on, the loss includes neither of them. `load`
 reads examples, `encode` turns them into Tokens, and `collate` into a batch.
 """
-import functools
 import gzip
 import hashlib
 import json
@@ -110,19 +109,15 @@ def group_by_length(indices, lengths, batch, steps, seed, pool=50):
     """
     lengths = torch.tensor(lengths)
     pool = max(1, min(pool, len(lengths) // batch))  # at most an epoch, so that few batches repeat an example
-
-    @functools.lru_cache(maxsize=1)
-    def pooled(start):
+    batches = []  # each [batch]
+    for start in range(0, steps, pool):
         examples = torch.cat([indices(step) for step in range(start, min(start + pool, steps))])
-        examples = examples[lengths[examples].argsort(stable=True)].view(-1, batch)  # [pool, batch]
-        return examples[torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed + start))]
-
-    def batch_of(step):
-        return pooled(step // pool * pool)[step % pool]
-
-    longest = sorted(range(steps), key=lambda step: -int(lengths[batch_of(step)].max()))[:2]
+        examples = examples[lengths[examples].argsort(stable=True)].view(-1, batch)
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed + start))
+        batches += examples[order]
+    longest = sorted(range(steps), key=lambda step: -int(lengths[batches[step]].max()))[:2]
     order = longest + [step for step in range(steps) if step not in longest]
-    return lambda step: batch_of(order[step])
+    return lambda step: batches[order[step]]
 
 
 def by_length(texts, fits):

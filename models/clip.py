@@ -190,8 +190,9 @@ def classifier(clip, prompts, device=None):
     """Returns the zero-shot classifier of a CLIP for the token ids [L, P, T] of P prompts per class.
 
     Its head: text features, normalized, averaged over the prompts, normalized, times exp(logit_scale). The
-    image tower is shared, not copied. device: where the rest of the CLIP is moved to, in float32, and runs
-    (default: where it is). Raises ValueError if the prompts exceed the vocabulary or the context.
+    image tower is shared, neither copied nor moved. device: where the rest of the CLIP is moved to, in
+    float32, and runs (default: where it is). Raises ValueError if the prompts exceed the vocabulary or the
+    context.
     """
     have, need = (clip.arch["vocab"], clip.arch["context"]), (int(prompts.max()) + 1, prompts.shape[-1])
     if need[0] > have[0] or need[1] > have[1]:
@@ -203,9 +204,7 @@ def classifier(clip, prompts, device=None):
     texts = (F.normalize(clip.encode_text(p.to(device)), dim=-1) for p in prompts)  # each [P, E]
     head = torch.stack([text.mean(0) for text in texts])  # [L, E]
     head = F.normalize(head, dim=-1) * clip.logit_scale.exp()
-    model = Classifier(clip.arch, clip.visual, head).eval()
-    model.preprocess.to(device)
-    return model
+    return Classifier(clip.arch, clip.visual, head).eval()
 
 
 def network(info, arch, head=None):

@@ -152,10 +152,8 @@ class GPT(nn.Module):
         x, rope = self.embed(ids, positions)
         for layer, past in zip(self.layers, pasts):
             inputs = x, rope, past
-            if self.recompute:  # nothing in a layer is random
-                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(*inputs)
+            options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing in a layer is random
+            x = checkpoint(layer, *inputs, **options) if self.recompute else layer(*inputs)
         return self.norm(x)
 
     def embed(self, ids, positions):

@@ -3,7 +3,7 @@ import torch
 
 from models import runs
 
-LOGITS = 1 / 8  # of the memory, for the logits of a chunk (train_lm.chunk_size)
+LOGIT = 32  # bytes that a chunk takes for each target and token of the vocabulary (chunk_size)
 RESERVE = 1 / 10  # of the memory, for CUDA itself and for gaps between tensors
 
 
@@ -25,7 +25,17 @@ def bytes_per_token(arch, recompute):
     return 4 * width * arch["layers"] + 2 * layer if recompute else (arch["layers"] + 1) * layer
 
 
-def accumulation(args, longest, model, source, device):
+def chunk_size(vocab, device):
+    """Returns for how many targets prt.fit computes logits at a time: as an eighth of the memory holds.
+
+    A target takes 32 bytes per token of the vocabulary: 2 each for the logits of both models in bfloat16, and
+    4 each for up to 7 values in float32, such as r, the tilted logits, their log-softmax, and its gradient.
+    With 80 GB and Qwen2.5's 151,936 tokens, these are 2,056 targets.
+    """
+    return torch.cuda.mem_get_info(device)[1] // 8 // (LOGIT * vocab)
+
+
+def accumulation(args, longest, chunk, model, source, device):
     """Returns the smallest --accum of which all micro-batches fit into memory beside the models.
 
     longest: tokens of the longest example. Other arguments as in `tokens`. Raises ValueError if not even one
@@ -33,23 +43,24 @@ def accumulation(args, longest, model, source, device):
     """
     each = args.batch // runs.world_size()
     for accum in (n for n in range(1, each + 1) if each % n == 0):
-        if each // accum * longest <= tokens(model, source, device, accum, args.recompute):
+        if each // accum * longest <= tokens(model, source, device, accum, chunk, args.recompute):
             return accum
     raise ValueError(f"an example of {longest} tokens does not fit into the GPU's memory beside the models: "
-                     "add --recompute, lower --length, take a smaller --source, or more GPUs (torchrun)")
+                     "add --recompute, lower --length, --chunk, or --batch, or use more GPUs (torchrun)")
 
 
-def tokens(model, source, device, accum, recompute):
+def tokens(model, source, device, accum, chunk, recompute):
     """Returns how many tokens of a micro-batch fit into a GPU beside the models; negative if none do.
 
     model: the GPT to train. source: the frozen one, or None. A trained weight takes 4 bytes each for itself,
     its gradient, and Adam's two averages, in float32, and 2 for its copy by autocast; one of the source 2.
     With several processes these are spread over them, but for autocast's copies, and for the weights that are
     in no block (embedding and output matrix), which stay gathered with their gradients: 8 bytes. With --accum
-    above 1 the gradients of all weights are added up before they are spread: 4 bytes.
+    above 1 the gradients of all weights are added up before they are spread: 4 bytes. chunk: as in prt.fit;
+    its logits take what `chunk_size` says.
 
-    With 80 GB, of which 62 are neither LOGITS nor RESERVE, Qwen2.5-0.5B's 494 million weights take 20 bytes
-    each, 9.9 GB; the rest holds 35,253 tokens.
+    With 80 GB, of which 8 are the RESERVE and 10 for the logits of 2,056 targets, Qwen2.5-0.5B's 494 million
+    weights take 20 bytes each, 9.9 GB; the rest holds 35,256 tokens.
     """
     processes, memory = runs.world_size(), torch.cuda.mem_get_info(device)[1]
     trained, frozen = (sum(p.numel() for p in m.parameters()) if m else 0 for m in (model, source))
@@ -57,4 +68,5 @@ def tokens(model, source, device, accum, recompute):
     if processes > 1:
         in_blocks = sum(p.numel() for p in model.layers.parameters())
         need += 8 * (trained - in_blocks) + (4 * trained if accum > 1 else 0)
-    return int((memory * (1 - LOGITS - RESERVE) - need) / bytes_per_token(model.arch, recompute))
+    need += LOGIT * chunk * model.arch["vocab"]
+    return int((memory * (1 - RESERVE) - need) / bytes_per_token(model.arch, recompute))

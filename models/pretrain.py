@@ -51,8 +51,9 @@ def clip(args, device, state):
         save=lambda step: weights.save(args, info, model, optimizer, step, args.steps))
     runs.after_training(args.out, history[-1]["step"], args.steps)
 
-    saved = weights.load(args.out, "base", text=False).to(device)
-    logits = scores.predict(classifier(saved, images.prompts(data.classes, data.templates)), test.images)
+    saved = weights.load(args.out, "base", text=False)
+    saved = classifier(saved, images.prompts(data.classes, data.templates), device).to(device)
+    logits = scores.predict(saved, test.images)
     print(f"{args.out}: {scores.accuracy(logits, test.labels):.2%} on the test split")
 
 

@@ -4,7 +4,6 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import PRETRAIN, SCRIPTS, TRAIN, TUNE_LM, assert_refused, call, contents, interrupted, one_line
 
 import eval as eval_script
@@ -43,7 +42,7 @@ def test_help_has_the_docstring_and_the_defaults_of_the_flags_in_groups(script, 
     assert f"(default: {recipes[1]['size']})" in lines["size"]
     if script == "train_lm.py":
         assert f"(default: {recipes[0]['epochs']})" in lines["epochs"]
-        assert f"(default: {train_lm.chunk_size(512, torch.device('cpu'))} on a CPU)" in lines["chunk"]
+        assert "(default: 512 on a CPU)" in lines["chunk"]
 
 
 # Refused flags and bad input

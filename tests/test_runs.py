@@ -20,7 +20,6 @@ import torch.distributed as dist
 from conftest import PRETRAIN, ROOT, TRAIN, TUNE_LM, call, contents, interrupted, one_line, read, same, spawn
 
 import prt
-import train_lm
 import train_vision
 from data import files, images
 from models import runs, scores, weights
@@ -80,13 +79,6 @@ def test_a_frozen_classifier_has_the_logits_of_the_trained_one_bit_for_bit(name,
         assert not p.requires_grad and q.requires_grad and q.dtype == torch.float32
     for b, c in zip(frozen.buffers(), model.buffers(), strict=True):
         assert b.dtype == c.dtype and torch.equal(b, c)
-
-
-def test_the_chunk_size_is_that_of_the_docstring(monkeypatch):
-    """Free memory does not matter, so that a run does not depend on its neighbors."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 80 * 10**9))
-    assert train_lm.chunk_size(151_936, CUDA) == 2056 and "2,056 targets" in train_lm.chunk_size.__doc__
-    assert train_lm.chunk_size(151_936, CPU) == 512
 
 
 @pytest.mark.parametrize("start, end, pinned", [(CPU, CUDA, True), (CPU, CPU, False), (CUDA, CPU, False)])
