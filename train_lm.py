@@ -36,7 +36,7 @@ RECIPES = dict(prt=PAPER, ticket=PAPER | dict(lr=1e-2, keep=0.5, freeze=0.0),
 def parse(argv=None):
     """Returns the arguments of a command line; without one of --data, --source, and --method, as given."""
     p, run, recipe, machine = flags.training(__doc__, RECIPES, "3%% of the steps",
-                                             accum="as few as fit into memory")
+                                             "as few as fit into memory; pretrain: 1")
     run.add_argument("--data", help="arithmetic, gsm8k, a .jsonl, .parquet, or .txt file, or a folder with "
                      "train.* and test.* (default: arithmetic)")
     run.add_argument("--reward-init", help="start the reward from a model, or random (default: --source)")

@@ -12,15 +12,14 @@ def parser(doc):
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def training(doc, recipes, warmup, **words):
+def training(doc, recipes, warmup, accum):
     """Returns the parser of a training script, and its groups "run", "recipe", and "machine" for more flags.
 
     recipes: name -> (flag -> default), for a reward and fine-tuning ("prt"), "pretrain", and "ticket".
-    warmup: the default of --warmup, in words. words: flag -> what a default of None means.
+    warmup, accum: the defaults of --warmup and --accum, in words.
     """
     def default(flag):
         reward, *others = (recipes[name].get(flag, "none") for name in ("prt", "pretrain", "ticket"))
-        reward, others = words.get(flag, reward), [None if x is None and flag in words else x for x in others]
         others = [f"; {name}: {value or 0}" for name, value in zip(("pretrain", "ticket"), others)
                   if value not in (reward, None)]
         return f"(default: {reward}{''.join(others)})"
@@ -39,7 +38,7 @@ def training(doc, recipes, warmup, **words):
     recipe.add_argument("--steps", type=positive(int), help=f"training steps {default('steps')}")
     recipe.add_argument("--batch", type=positive(int), help=f"examples per step {default('batch')}")
     recipe.add_argument("--accum", type=positive(int), help="micro-batches of a step and process "
-                        f"{default('accum')}")
+                        f"(default: {accum})")
     recipe.add_argument("--lr", type=positive(float), help=f"peak learning rate {default('lr')}")
     recipe.add_argument("--warmup", type=from_0(int), help=f"steps of linear warmup (default: {warmup})")
     recipe.add_argument("--weight-decay", type=from_0(float),

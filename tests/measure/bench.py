@@ -112,7 +112,7 @@ fused_adamw = functools.partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0, fu
 plain_adamw = functools.partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0)
 
 
-def image_trainer(args, device, mode, make_optimizer=fused_adamw, **options):
+def image_trainer(args, device, mode, make_optimizer=fused_adamw, compile=False, **options):
     """Returns a function that runs args.steps steps; mode: ft, prt, ft-augment, prt-augment, or ticket."""
     arch = IMAGES[args.image]
     torch.manual_seed(args.seed)
@@ -124,6 +124,7 @@ def image_trainer(args, device, mode, make_optimizer=fused_adamw, **options):
     base = copy.deepcopy(model).requires_grad_(False) if mode == "prt-augment" else None
     if mode == "ticket":
         tickets.convert(model, TICKET)
+    runs.place(model, device, compile=compile)
 
     def fetch(i, generator):
         i = i.to(device, non_blocking=True)
@@ -472,12 +473,15 @@ def text_forward(args, device):
     return dict(text_forward_vs_transformers=b / a)
 
 
-def text_trainer(args, device, method, make_optimizer=fused_adamw, **options):
+def text_trainer(args, device, method, make_optimizer=fused_adamw, compile=False, **options):
     """Returns a function that runs args.steps steps on args.texts texts; method: ft, prt, or ticket."""
-    model = text_model(args.text, device).requires_grad_(True)
-    base = text_model(args.text, device, runs.frozen_dtype(device)) if method != "ft" else None
+    model, frozen = text_model(args.text, device).requires_grad_(True), runs.frozen_dtype(device)
+    base = text_model(args.text, device, frozen) if method != "ft" else None
     if method == "ticket":
         tickets.convert(model, TICKET)
+    runs.place(model, device, compile=compile)
+    if base:
+        runs.place(base, device, frozen, frozen, compile)
     ids = torch.randint(0, model.arch["vocab"], (args.texts, args.length + 1), device=device)
     index = torch.arange(ids[:, 1:].numel(), device=device)
 
