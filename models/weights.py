@@ -175,7 +175,7 @@ def fingerprint(model):
     """Returns a sha256 of a sample of a model's weights, the same in float32 and bfloat16."""
     digest = hashlib.sha256()
     for name, x in model.state_dict().items():
-        sample = x.flatten()[::max(1, x.numel() // 1000)].to("cpu", torch.bfloat16)
+        sample = x.flatten()[::max(1, x.numel() // 1000)].to("cpu", torch.bfloat16).contiguous()
         if name != "head":  # of a zero-shot classifier, computed from the text tower
             digest.update(sample.view(torch.int16).numpy())
     return digest.hexdigest()
