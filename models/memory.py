@@ -50,7 +50,18 @@ def accumulation(args, longest, chunk, model, source, device):
 
 
 def tokens(model, source, device, accum, chunk, recompute):
-    """Returns how many tokens of a micro-batch fit into a GPU beside the models; negative if none do.
+    """Returns how many tokens of a micro-batch fit into a GPU beside the rest; negative if none do.
+
+    With 80 GB, of which 8 are the RESERVE and 10 for the logits of 2,056 targets, Qwen2.5-0.5B's 494 million
+    weights take 20 bytes each, 9.9 GB; the rest holds 35,256 tokens. The arguments are those of
+    `without_tokens` and `bytes_per_token`.
+    """
+    room = (1 - RESERVE) * torch.cuda.mem_get_info(device)[1] - without_tokens(model, source, accum, chunk)
+    return int(room / bytes_per_token(model.arch, recompute))
+
+
+def without_tokens(model, source, accum, chunk):
+    """Returns how many bytes training takes in each process, without what tokens keep.
 
     model: the GPT to train. source: the frozen one, or None. A trained weight takes 4 bytes each for itself,
     its gradient, and Adam's two averages, in float32, and 2 for its copy by autocast; one of the source 2.
@@ -58,15 +69,10 @@ def tokens(model, source, device, accum, chunk, recompute):
     in no block (embedding and output matrix), which stay gathered with their gradients: 8 bytes. With --accum
     above 1 the gradients of all weights are added up before they are spread: 4 bytes. chunk: as in prt.fit;
     its logits take what `chunk_size` says.
-
-    With 80 GB, of which 8 are the RESERVE and 10 for the logits of 2,056 targets, Qwen2.5-0.5B's 494 million
-    weights take 20 bytes each, 9.9 GB; the rest holds 35,256 tokens.
     """
-    processes, memory = runs.world_size(), torch.cuda.mem_get_info(device)[1]
     trained, frozen = (sum(p.numel() for p in m.parameters()) if m else 0 for m in (model, source))
-    need = (16 * trained + 2 * frozen) / processes + 2 * trained
-    if processes > 1:
+    need = (16 * trained + 2 * frozen) / runs.world_size() + 2 * trained + LOGIT * chunk * model.arch["vocab"]
+    if runs.world_size() > 1:
         in_blocks = sum(p.numel() for p in model.layers.parameters())
         need += 8 * (trained - in_blocks) + (4 * trained if accum > 1 else 0)
-    need += LOGIT * chunk * model.arch["vocab"]
-    return int((memory * (1 - RESERVE) - need) / bytes_per_token(model.arch, recompute))
+    return need

@@ -17,8 +17,10 @@ from data import text
 TOM = 'Once there was a boy named Tom. Tom had his hat. "He is Tom," said a bird. He saw him. He ran.'
 
 
-@pytest.mark.parametrize("name", ["bench", "calibration", "figures", "loading", "real_weights", "stories",
-                                  "tickets"])
+NAMES = ("bench", "calibration", "figures", "gpu", "loading", "real_weights", "stories", "tickets")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_program_starts(name, tmp_path):
     file = f"tests/measure/{name}.py"
     assert f"python {file}" in output(ROOT / file, "--help", cwd=tmp_path)
@@ -100,3 +102,24 @@ def test_stories_are_put_into_the_first_person_and_counted(tmp_path, capsys):
 
 def test_randomly_pruned_weights_are_never_locked():
     assert tickets.randomly_pruned(1000, dict(keep=0.3, freeze=0.4)) == (0, 600, 180)
+
+
+def test_the_table_for_a_gpu_has_the_rows_of_all_parts(tmp_path, monkeypatch):
+    """Catches: A part fails, and nobody sees it until someone with a GPU runs the program."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    heading, _, *lines = output(ROOT / "tests/measure/gpu.py", "--tiny", cwd=tmp_path).splitlines()
+    assert heading.startswith("CPU, 1 threads, float32, torch ") and ", commit " in heading
+    assert lines[:2] == ["| what | value | unit or note |", "|---|---|---|"]
+    rows = {what: value for what, value, _ in (line[2:-2].split(" | ") for line in lines[2:])}
+    decoded = [f"{batch}, {way}" for way in ("eager", "speculative", "speculative, all drafts accepted")
+               for batch in (1, 64)]
+    numbers = ["fit's rate / clock's", "kthvalue", "topk", *(f"decoding, batch {which}" for which in decoded)]
+    numbers += [f"{what}, --accum {accum}" for what in ("step", "host") for accum in (16, 4, 2)]
+    values = torch.tensor([float(rows.pop(name)) for name in numbers])
+    assert ((values > 0) & values.isfinite()).all() and 0.8 < values[0] < 1.2
+    attention = [rows.pop(f"attention, {what}") for what in (
+        "training", "prompt", "padded prompt", "decoding after a prompt", "decoding after a padded prompt",
+        "image tower")]
+    assert all(kernel.startswith("_scaled_dot_product_") for kernel in attention)
+    assert rows == {"kthvalue equals topk": "yes", "attention, any by the math kernel": "no",
+                    "examples": "not measured"} | {f"peak, --accum {accum}": "-" for accum in (16, 4, 2)}

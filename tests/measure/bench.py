@@ -14,6 +14,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import gc
 import io
 import json
 import math
@@ -32,12 +33,13 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
 import prt
 from data import image_files, images, text
 from data.tokenizer import Tokenizer
 from models import decode as decoding
-from models import gpt, pretrain, runs, scores, tickets, weights
+from models import gpt, memory, pretrain, runs, scores, tickets, weights
 from models.clip import CLIP, Classifier, Preprocess, image_tower
 from models.gpt import GPT
 
@@ -70,17 +72,29 @@ TEXTS = {"tiny": pretrain.OLD | dict(vocab=550, end=549),
          "qwen2.5-7b": qwen2(3584, 28, 28, 4, 18944, 152064, False)}
 
 
+def conditions(device, seed):
+    """Returns in words where the numbers come from."""
+    cuda = device.type == "cuda"
+    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return (f"{where}, {'bfloat16' if cuda else 'float32'}, torch {torch.__version__}, "
+            f"commit {git.stdout.strip() or 'unknown'}, seed {seed}")
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def alternate(device, repeats, *functions):
     """Returns the median seconds of each function. They take turns, and the first turn does not count."""
     seconds = [[] for _ in functions]
     for _ in range(repeats + 1):
         for clock, function in zip(seconds, functions):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             start = time.perf_counter()
             function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             clock.append(time.perf_counter() - start)
     return [statistics.median(clock[1:]) for clock in seconds]
 
@@ -104,6 +118,14 @@ def operations(function):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
+
+
+def attention_kernels(function):
+    """Returns the names of the kernels of scaled_dot_product_attention that function() runs, sorted."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    names = {event.key.removeprefix("aten::") for event in profile.key_averages()}
+    return sorted(n for n in names if n.startswith("_scaled_dot_product_") and not n.endswith("_backward"))
 
 
 # Images
@@ -474,7 +496,10 @@ def text_forward(args, device):
 
 
 def text_trainer(args, device, method, make_optimizer=fused_adamw, compile=False, **options):
-    """Returns a function that runs args.steps steps on args.texts texts; method: ft, prt, or ticket."""
+    """Returns a function that runs args.steps steps on args.texts texts; method: ft, prt, or ticket.
+
+    It returns the history of prt.fit.
+    """
     model, frozen = text_model(args.text, device).requires_grad_(True), runs.frozen_dtype(device)
     base = text_model(args.text, device, frozen) if method != "ft" else None
     if method == "ticket":
@@ -485,13 +510,37 @@ def text_trainer(args, device, method, make_optimizer=fused_adamw, compile=False
     ids = torch.randint(0, model.arch["vocab"], (args.texts, args.length + 1), device=device)
     index = torch.arange(ids[:, 1:].numel(), device=device)
 
+    def fetch(i, generator):  # any texts will do
+        x = ids[:len(i)]
+        return (x[:, :-1], index[:len(i) * args.length]), x[:, 1:].flatten(), None
+
     def run():
         with contextlib.redirect_stdout(io.StringIO()):
-            prt.fit(model, lambda step: torch.arange(args.texts),
-                    lambda i, generator: ((ids[:, :-1], index), ids[:, 1:].flatten(), None), base=base,
-                    method="ft" if method == "ft" else "prt", steps=args.steps, log_every=10**9,
-                    head=GPT.head, optimizer=make_optimizer(model.parameters()), **options)
+            return prt.fit(model, lambda step: torch.arange(args.texts), fetch, base=base,
+                           method="ft" if method == "ft" else "prt", steps=args.steps, log_every=10**9,
+                           head=GPT.head, optimizer=make_optimizer(model.parameters()), **options)
     return run
+
+
+def step_times(args, device, **options):
+    """Returns the median seconds of a step of a text reward, and those until the host has launched it."""
+    gc.collect()  # the first optimizer imports torch._dynamo, in a cycle that keeps the model, and its memory
+    launched, ended = [], []
+
+    def stop():  # prt.fit calls it at the end of a step, and does not wait for the device before
+        launched.append(time.perf_counter())
+        synchronize(device)
+        ended.append(time.perf_counter())
+
+    text_trainer(args, device, "prt", stop=stop, **options)()
+    return [statistics.median(b - a for a, b in zip(ended, ends[1:])) for ends in (ended, launched)]
+
+
+def expected_memory(args, accum, chunk):
+    """Returns the bytes that models/memory.py counts for a step of a text reward, in one process."""
+    model, n = text_model(args.text, torch.device("meta")), args.texts // accum * args.length
+    tokens = n * memory.bytes_per_token(model.arch, recompute=False)
+    return tokens + memory.without_tokens(model, model, accum, min(n, chunk))
 
 
 def text_step(args, device):
@@ -594,10 +643,8 @@ if __name__ == "__main__":
     torch.set_num_threads(args.threads or torch.get_num_threads())
     if args.peak:
         sys.exit(print(peak(args, device)))
-    cuda = device.type == "cuda"
-    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, {'bfloat16' if cuda else 'float32'}, torch {torch.__version__}, seed {args.seed}")
-    if not cuda:
+    print(conditions(device, args.seed))
+    if device.type == "cpu":
         print("no GPU: nothing is measured on one")
     ratios = {}
     for name in args.only:
