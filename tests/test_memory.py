@@ -8,10 +8,11 @@ import bench
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EVAL_LM, FIXTURES, ROOT, TUNE_LM, call, one_line
+from conftest import EVAL_LM, FIXTURES, OLD, ROOT, TUNE_LM, call, one_line
 
 import prt
 import train_lm
+from data import files
 from models import memory, processes, runs, weights
 from models.gpt import GPT
 
@@ -165,6 +166,19 @@ def test_a_trained_model_may_share_the_weights_of_a_file_or_of_another_one(tmp_p
         assert (a.data_ptr() == b.data_ptr()) == (frozen and b.dtype == torch.float32)
         a.data.zero_()
     assert path.read_bytes() == before
+
+
+def test_a_source_in_bfloat16_is_tuned_as_its_float32_copy(in_texts, tmp_path):
+    """Catches: What most public files hold, bfloat16, is trained in bfloat16, or has another fingerprint."""
+    old, paths = weights.load(OLD), {dtype: tmp_path / f"{dtype}.pt" for dtype in ("bfloat16", "float32")}
+    for dtype, path in paths.items():
+        rounded = {k: x.bfloat16().to(getattr(torch, dtype)) for k, x in old.state_dict().items()}
+        files.save(path, old.info | dict(model=rounded))
+        assert call(*TUNE_LM, "--source", path, "--steps", "2", "--out", tmp_path / f"{dtype}-tuned.pt") == 0
+    tuned = [files.read(tmp_path / f"{dtype}-tuned.pt") for dtype in paths]
+    assert tuned[0]["source_sha256"] == tuned[1]["source_sha256"]
+    for name, x in tuned[0]["model"].items():
+        assert x.dtype == torch.float32 and x.equal(tuned[1]["model"][name])
 
 
 def test_weights_in_bfloat16_are_not_autocast_and_rope_is_cast_once():
