@@ -57,7 +57,8 @@ def parse(argv=None):
     table.add_argument("--apply-chat-template", action="store_true", help="put the prompts of --tasks into "
                        "the template of the reward's training data, as --prompt is")
     table.add_argument("--limit", type=flags.positive(int), help="text: only so many examples (of each task)")
-    table.add_argument("--batch", type=flags.positive(int), help="batch size (default: 128)")
+    table.add_argument("--batch", type=flags.positive(int), help="batch size (default: 128), or 4 "
+                       "with --speculative")
     table.add_argument("--json", help="write the table to this file")
     table.add_argument("--picture", help="images: .png of both answers (default with --run: RUN/picture.png)")
     table.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -414,16 +415,16 @@ def text_table(args, device, models, rows, how, tokenizer, end, room):
         print(f"{numbers} of {len(truth)} reference answers have a number (####): only these count in exact")
     data = text.encode(examples, tokenizer, end, room)
     batches = answers.batches(data, torch.arange(len(data.ids)), how)
-    results, sizes, shortest = [], file_bytes(args, models), min(prompts, key=len)
-    if not args.compile:  # a warm-up: on CUDA, the first row would pay for loading the kernels
-        few = how._replace(new_tokens=max(1, min(8, room - len(shortest))))
-        answers.generate(rows[1], [shortest] * len(prompts[:args.batch]), few, end, room)
+    results, sizes, length = [], file_bytes(args, models), answers.new_tokens(prompts, how, room)
+    parts = text.by_length(prompts, args.batch)
     for row in rows:
         run = [row.base, *(model for _, model in row.rewards)]
-        # With --compile, all of it runs twice: every batch size and length is compiled before it is measured.
+        # What compiles, or loads kernels (the first row on CUDA), runs once more before it is measured.
+        again = args.compile or (device.type == "cuda" and row is rows[0])
         seconds, mib, written = measure(
-            run, lambda row=row: answers.generate(row, prompts, how, end, room), device, int(args.compile))
-        steps = sum(max(len(written[i]) + 1 for i in part) for part in answers.by_count(prompts, how))
+            run, lambda row=row: answers.generate(row, prompts, how, end, room), device, int(again))
+        # The end is looked for at every 8th step.
+        steps = sum(min(length, 8 * (max(len(written[i]) for i in part) // 8 + 1)) for part in parts)
         results.append(dict(method=row.method, beta=row.beta,
                             **answers.exact_match(truth, written, tokenizer),
                             **scores.score_texts(row.base, row.rewards, batches, kl_base=row.kl_base),

@@ -10,8 +10,8 @@ torchrun --nproc_per_node=8 train_lm.py --data gsm8k
 Without --data, --source, and --method it makes the five models of models/examples.py. --beta is the unit of
 the reward, which is beta times the network's logits (the paper's lambda). It cancels out of the loss unless
 --alpha is set, the weight of the entropy of softmax(reward). Each process computes its part of --batch in
---accum micro-batches, by default as few as fit into a GPU's memory (models/memory.py; on a CPU, 16 or fewer).
---chunk is by default what an eighth of a GPU's memory holds.
+--accum micro-batches, by default as few as fit into a GPU's memory (models/memory.py), or on a CPU those of 8
+examples. --chunk is by default what an eighth of a GPU's memory holds.
 """
 import contextlib
 import math
@@ -35,8 +35,7 @@ RECIPES = dict(prt=PAPER, ticket=PAPER | dict(lr=1e-2, keep=0.5, freeze=0.0),
 
 def parse(argv=None):
     """Returns the arguments of a command line; without one of --data, --source, and --method, as given."""
-    p, run, recipe, machine = flags.training(__doc__, RECIPES, "3%% of the steps",
-                                             "as few as fit into memory; pretrain: 1")
+    p, run, recipe, machine = flags.training(__doc__, RECIPES, "3%% of the steps")
     run.add_argument("--data", help="arithmetic, gsm8k, a .jsonl, .parquet, or .txt file, or a folder with "
                      "train.* and test.* (default: arithmetic)")
     run.add_argument("--reward-init", help="start the reward from a model, or random (default: --source)")
@@ -96,12 +95,12 @@ def train(args, device, state):
     indices = text.group_by_length(indices, lengths, args.batch, steps, args.seed)
     few = ": few; raise --epochs, or lower --batch" if steps < 50 and not args.steps else ""
     flags.check_warmup(args, steps)
-    accum, chunk = args.accum or math.gcd(16, args.batch // runs.world_size()), args.chunk or 512
+    each, chunk = args.batch // runs.world_size(), args.chunk or 512
+    accum = args.accum or next(n for n in range(1, each + 1) if each % n == 0 and each // n <= 8)
     if device.type == "cuda":
         from models import memory
-        chunk = args.chunk or memory.chunk_size(model.arch["vocab"], device)
-        accum = args.accum or memory.accumulation(args, max(lengths) - 1, chunk, model, source, device)
-    print(f"{used} of {len(lengths)} examples, {steps} steps{few}, --accum {accum}, --chunk {chunk}")
+        accum, chunk = memory.choose(args, max(lengths) - 1, model, source, device)
+    print(f"{used} of {len(lengths)} examples, --accum {accum}, --chunk {chunk}, {steps} steps{few}")
 
     def fetch(i, generator):
         return *runs.to_device(text.collate(data, i), device), None
@@ -129,7 +128,7 @@ def train(args, device, state):
     runs.after_training(args.out, history[-1]["step"], steps)
 
     if test:
-        parts = text.by_length(test.ids, lambda n, longest: n * longest <= 8192)
+        parts = text.by_length(test.ids, tokens=8192)
         batches = [text.collate(test, torch.tensor(part)) for part in parts]
         rows = {args.out: (model, [])}
         if source:  # the reward of fine-tuning is model - source, so that the sum is the model

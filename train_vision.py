@@ -30,7 +30,7 @@ RECIPES = dict(prt=PAPER, ticket=PAPER | dict(lr=1e-2, keep=0.5, freeze=0.0),
 
 def parse(argv=None):
     """Returns the arguments of a command line; without one of --data, --source, and --method, as given."""
-    p, run, recipe, _ = flags.training(__doc__, RECIPES, "a quarter of the steps", 1)
+    p, run, recipe, _ = flags.training(__doc__, RECIPES, "a quarter of the steps")
     run.add_argument("--data", help="shapes, cifar100, caltech101, flowers, resisc45, cars, aircraft, "
                      "country211, a Hub id, or a folder (default: shapes)")
     run.add_argument("--size", choices=("tiny", "small"),

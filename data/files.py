@@ -100,7 +100,8 @@ def lock(path, wait=True):
 def lock_cache(name="lock"):
     """Returns a context: one process runs the with block at a time, so that the first one fills the cache.
 
-    name: of the file that is locked; one for downloads, and one for what may download.
+    name: of the file that is locked: "lock" while a file is downloaded, and "images.lock" while images are
+    read and resized, which may download them.
     """
     with contextlib.suppress(OSError):
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -115,6 +116,8 @@ def explain(prefix, *kinds):
     try:
         yield
     except kinds as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise ValueError(f"{prefix}: {first_line(error):.400}") from None
 
 

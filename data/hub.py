@@ -51,13 +51,13 @@ def find(source, *names):
     raise FileNotFoundError(f"{source}: holds no {' and no '.join(names)}")
 
 
-def optional(source, name, beside):
-    """Returns the path of a file that a source may have, or None. Call it before the file `beside` is found.
+def optional(source, name, *beside):
+    """Returns the path of a file that a source may have, or None. Call it before any of `beside` is found.
 
-    A file of a Hub id is asked for only until `beside` is in the cache.
+    A file of a Hub id is asked for only until one of `beside` is in the cache.
     """
     with contextlib.suppress(FileNotFoundError):
-        if (path := find(source, name, beside)).name == name:
+        if (path := find(source, name, *beside)).name == name:
             return path
     return None
 
@@ -82,24 +82,23 @@ def download(url, path):
         request.add_header("Authorization", f"Bearer {token}")
     try:
         opener = urllib.request.build_opener(Redirect)
-        with files.lock_cache(), contextlib.ExitStack() as stack:
+        with files.lock_cache():
             if path.exists():
                 return path
-            response = stack.enter_context(opener.open(request, timeout=30))
-            f = stack.enter_context(files.atomic(path))
-            total = int(response.headers.get("Content-Length") or 0)
-            with tqdm.wrapattr(response, "read", total, desc=path.name, disable=None) as stream:
-                shutil.copyfileobj(stream, f)
-            if total and f.tell() != total:
-                raise OSError(f"the connection ended after {f.tell()} of {total} bytes")
-            f.seek(0)
-            start = f.read(200).lstrip()
-            if start[:9].lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")):
-                raise OSError(f"the server sent a web page, {start[:60]}")
-            if path.suffix == ".json":
+            with opener.open(request, timeout=30) as response, files.atomic(path) as f:
+                total = int(response.headers.get("Content-Length") or 0)
+                with tqdm.wrapattr(response, "read", total, desc=path.name, disable=None) as stream:
+                    shutil.copyfileobj(stream, f)
+                if total and f.tell() != total:
+                    raise OSError(f"the connection ended after {f.tell()} of {total} bytes")
                 f.seek(0)
-                with files.explain("the server sent damaged JSON", ValueError, RecursionError):
-                    json.load(f)
+                start = f.read(200).lstrip()
+                if start[:9].lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")):
+                    raise OSError(f"the server sent a web page, {start[:60]}")
+                if path.suffix == ".json":
+                    f.seek(0)
+                    with files.explain("the server sent damaged JSON", ValueError, RecursionError):
+                        json.load(f)
     except urllib.error.HTTPError as error:
         if error.code == 404:
             raise FileNotFoundError(f"{url}: no such file") from None

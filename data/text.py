@@ -7,6 +7,7 @@ reads examples, `encode` turns them into Tokens, and `collate` into a batch.
 import gzip
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -120,16 +121,17 @@ def group_by_length(indices, lengths, batch, steps, seed, pool=50):
     return lambda step: batches[order[step]]
 
 
-def by_length(texts, fits):
+def by_length(texts, count=math.inf, tokens=math.inf):
     """Returns the indices of texts (ids) in lists, each a batch of similar lengths, and the longest first.
 
-    fits: function (number of texts, ids in the longest) -> whether they may be one batch; a single one
-    always is. With the longest first, a program that exceeds the memory ends at once.
+    A batch has at most `count` texts, and at most `tokens` ids with padding, but for a text that is longer.
+    With the longest first, a program that exceeds the memory ends at once.
     """
     batches, longest = [], 0
     for i in sorted(range(len(texts)), key=lambda i: -len(texts[i])):
-        if not batches or not fits(len(batches[-1]) + 1, longest):
-            batches, longest = [*batches, []], len(texts[i])
+        if not batches or len(batches[-1]) == count or (len(batches[-1]) + 1) * longest > tokens:
+            batches.append([])
+            longest = len(texts[i])
         batches[-1].append(i)
     return batches
 

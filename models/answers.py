@@ -32,20 +32,25 @@ class Decoding(NamedTuple):
     speculative: bool = False
     compile: bool = False
 
-
-def by_count(prompts, how):
-    """Returns the indices of prompts in the batches in which answers to them are generated."""
-    return text.by_length(prompts, lambda n, longest: n <= how.batch)
-
-
-def by_tokens(texts, how):
-    """Returns the indices of texts in the batches in which they are scored: up to 256 tokens x how.batch."""
-    return text.by_length(texts, lambda n, longest: n * longest <= 256 * max(how.batch, 32))
+    @property
+    def scored(self):
+        """The tokens that are scored at once: 256 for each answer in a batch, and 8,192 at least."""
+        return 256 * max(self.batch, 32)
 
 
 def batches(data, i, how):
     """Returns the examples i [N] of text.Tokens in the batches in which they are scored."""
-    return [text.collate(data, i[part]) for part in by_tokens([data.ids[k] for k in i], how)]
+    parts = text.by_length([data.ids[k] for k in i], tokens=how.scored)
+    return [text.collate(data, i[part]) for part in parts]
+
+
+def new_tokens(prompts, how, room):
+    """Returns how many tokens an answer has at most. Raises ValueError if there is no room for them."""
+    longest = max(map(len, prompts))
+    length = how.new_tokens or max(1, min(256, room - longest))
+    if longest + length > room:
+        raise ValueError(f"a prompt of {longest} and {length} tokens (--new-tokens) exceed {room} positions")
+    return length
 
 
 def generate(row, prompts, how, end, room, until=(), to_text=None):
@@ -57,17 +62,15 @@ def generate(row, prompts, how, end, room, until=(), to_text=None):
     after a stop string. Raises ValueError if there is no room for the answers.
     """
     device = next(row.base.parameters()).device
-    longest = max(map(len, prompts))
-    length = how.new_tokens or max(1, min(256, room - longest))
-    if longest + length > room:
-        raise ValueError(f"a prompt of {longest} and {length} tokens (--new-tokens) exceed {room} positions")
+    length = new_tokens(prompts, how, room)
     generator = torch.Generator(device).manual_seed(how.seed)
     answers, size = [None] * len(prompts), min(how.batch, len(prompts)) if how.compile else 0
-    for batch in tqdm(by_count(prompts, how), desc="generate", disable=None, leave=False):
+    for batch in tqdm(text.by_length(prompts, how.batch), desc="generate", disable=None, leave=False):
         T, rows = len(prompts[batch[0]]), batch + batch[-1:] * (size - len(batch))
         pad = [T - len(prompts[i]) for i in rows]
         ids = torch.tensor([[end] * n + prompts[i] for n, i in zip(pad, rows)], device=device)  # [B, T]
-        pad = torch.tensor(pad, device=device) if any(pad) or how.compile else None  # None: another graph
+        # With compile also where nothing is padded, since no padding would need another graph.
+        pad = torch.tensor(pad, device=device) if any(pad) or size > 1 else None
         decode = decoder(row, how, generator, end, until, to_text)
         new = decode(row.base, row.rewards, ids, length=length, end=end, pad=pad)[:, T:].tolist()
         for i, ids in zip(batch, new):

@@ -28,7 +28,7 @@ def speculative(base, rewards, ids, *, length, end=None, pad=None, temperature=0
 
     Other arguments as in prt.generate and sampling.sampler. With compile, steps run as compiled graphs, as in
     `compiled`. Best for small batches, since all rows advance by the same number of tokens. Synchronizes the
-    device after every pass of the base and, if `end` is given, after every drafted token.
+    device after every pass of the base and, if `end` is given, after every drafted token (not with compile).
     """
     drafter = drafter or (rewards[0][1] if rewards else base, [])
     B, total = len(ids), ids.shape[1] + length
@@ -38,7 +38,7 @@ def speculative(base, rewards, ids, *, length, end=None, pad=None, temperature=0
     distribution = functools.partial(probabilities, temperature=temperature, top_p=top_p)
     out, new = ids, ids  # new: the last tokens of `out`, which are not in the caches yet
     # k: how many tokens to draft, up to the next number of DRAFTS if all were accepted, else down to how many
-    # were. 8 to 16 were the fastest of several rules with good drafts (tests/RESULTS.md).
+    # were. To begin with 8 was faster than with 4 where drafts are good (tests/RESULTS.md).
     ended, k = torch.zeros(B, dtype=torch.bool, device=ids.device), 8
     while out.shape[1] < total:
         at = out.shape[1] - new.shape[1]
@@ -199,12 +199,11 @@ def static_cache(model, batch, length, pad):
     """
     cache = CACHES.get(model)
     if cache is None or len(cache.kv[0][0]) != batch or cache.length < length:
-        CACHES.pop(model, None)  # frees its memory, before there is a new one
-        cache = None
-        cache = model.cache(batch, max(length, min(math.ceil(length / 128) * 128, model.arch["positions"])))
+        length = max(length, min(math.ceil(length / 128) * 128, model.arch["positions"]))
+        cache = CACHES[model] = None  # frees its memory, before there is a new one
+        cache = CACHES[model] = model.cache(batch, length)
         for tensor in (x for pair in cache.kv for x in pair):
             tensor.zero_()  # a masked value is multiplied by 0, and uninitialized memory may hold nan
             torch._dynamo.mark_static_address(tensor, guard=False)
-        CACHES[model] = cache
     cache.pad = pad
     return cache

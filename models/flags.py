@@ -12,17 +12,17 @@ def parser(doc):
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def training(doc, recipes, warmup, accum):
+def training(doc, recipes, warmup):
     """Returns the parser of a training script, and its groups "run", "recipe", and "machine" for more flags.
 
     recipes: name -> (flag -> default), for a reward and fine-tuning ("prt"), "pretrain", and "ticket".
-    warmup, accum: the defaults of --warmup and --accum, in words.
+    warmup: the default of --warmup, in words.
     """
     def default(flag):
         reward, *others = (recipes[name].get(flag, "none") for name in ("prt", "pretrain", "ticket"))
         others = [f"; {name}: {value or 0}" for name, value in zip(("pretrain", "ticket"), others)
                   if value not in (reward, None)]
-        return f"(default: {reward}{''.join(others)})"
+        return f"(default: {'what fits' if reward is None else reward}{''.join(others)})"
 
     p = parser(doc)
     run, recipe, ticket, machine = (p.add_argument_group(name)
@@ -38,7 +38,7 @@ def training(doc, recipes, warmup, accum):
     recipe.add_argument("--steps", type=positive(int), help=f"training steps {default('steps')}")
     recipe.add_argument("--batch", type=positive(int), help=f"examples per step {default('batch')}")
     recipe.add_argument("--accum", type=positive(int), help="micro-batches of a step and process "
-                        f"(default: {accum})")
+                        f"{default('accum')}")
     recipe.add_argument("--lr", type=positive(float), help=f"peak learning rate {default('lr')}")
     recipe.add_argument("--warmup", type=from_0(int), help=f"steps of linear warmup (default: {warmup})")
     recipe.add_argument("--weight-decay", type=from_0(float),

@@ -199,6 +199,7 @@ def network(info, arch, head=None):
 
 # Family -> the tables of data/schemas.toml that tell, with "config", what its config.json may say.
 TABLES = dict(gpt2=["gpt2"], llama=["llama"], qwen2=["llama", "qwen2"])
+WEIGHTS = "model.safetensors", "model.safetensors.index.json"
 # Keys of generation_config.json that would change what greedy decoding writes -> the values without effect.
 GREEDY = dict(repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0, guidance_scale=1, num_beams=1) | \
     dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
@@ -220,10 +221,10 @@ def read_folder(name, dtype):
 
     dtype: that of the tensors, or None for that of the files.
     """
-    generation = hub.optional(name, "generation_config.json", "config.json")
+    generation = hub.optional(name, "generation_config.json", *WEIGHTS)
     arch, tensors = architecture(files.read_json(hub.find(name, "config.json"))), {}
     check_arch(arch)
-    index = hub.find(name, "model.safetensors", "model.safetensors.index.json")
+    index = hub.find(name, *WEIGHTS)
     shards = {index.name}
     if index.suffix == ".json":
         shards = set(files.read_json(index)["weight_map"].values())

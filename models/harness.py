@@ -86,7 +86,7 @@ def score_examples(base, rewards, data, how):
     """Returns what scores.score_targets does for each of N text.Tokens: a list of [targets, 3] on the CPU.
 
     """
-    parts = answers.by_tokens(data.ids, how)
+    parts = text.by_length(data.ids, tokens=how.scored)
     found = scores.score_targets(base, rewards, [text.collate(data, torch.tensor(part)) for part in parts])
     order = [i for part in parts for i in part]
     found = dict(zip(order, found.cpu().split([int(data.counts[i][1:].sum()) for i in order])))

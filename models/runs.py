@@ -31,7 +31,7 @@ def main(script, remedy="take a smaller model"):
     except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError) as error:
         reason = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError):
-            reason = f"{reason.partition(' Process ')[0]} What helps: {remedy}"
+            reason = f"{reason.partition(' is free. ')[0]} is free: {remedy}"
         sys.stderr.write(f"error: {reason}\n")
         sys.exit(2)
     finally:
@@ -158,8 +158,9 @@ def place(model, device, dtype=torch.float32, vectors=torch.float32, compile=Fal
     """Moves a model to the device, in place: its matrices in `dtype`, its norms and biases in `vectors`.
 
     With several processes, each keeps its share of the weights (FSDP2). A block is cast and moved right
-    before that, so that no process ever holds more than its share and one block. Weights that are trained
-    are copied, so that they may be those of another model, or of a file that is mapped into memory.
+    before that, so that no process ever holds more than its share and one block, or what is in no block, such
+    as the embedding and the output matrix. Weights that are trained are copied, so that they may be those of
+    another model, or of a file that is mapped into memory.
 
     compile: whether to compile each block, or the whole of a model without blocks. Blocks of a kind share one
     graph, and remain compiled where they are sharded and computed again for backward: a graph of the whole

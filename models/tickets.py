@@ -93,7 +93,7 @@ def randomize(model, keep, generator):
         else:
             p.fill_(0.0 if name.endswith("bias") else 1.0)
     if hasattr(model, "visual"):  # a classifier of images
-        model.head.copy_(signs(model.head.shape) * model.head.shape[1] ** -0.5 / 0.07)  # CLIP's first scale
+        model.head = signs(model.head.shape) * model.head.shape[1] ** -0.5 / 0.07  # CLIP's first scale
 
 
 def masked_weights(model, settings):
@@ -140,12 +140,11 @@ def start(args, model, info, state):
     info: entries of the checkpoint, to which a ticket's are added. state: the checkpoint to continue from, or
     None. Raises ValueError if that was a mask over other weights.
     """
-    for p in model.parameters():
-        p.data = p.data.to(torch.float32, copy=True)  # else it may be a weight of the source
+    model.float()  # it may share its weights with the source: from here on they are replaced, not written to
     if "random" in (args.reward_init, args.ticket):
         torch.manual_seed(args.seed + 1)  # the source may have started from the weights of args.seed
         head = model.head if info["kind"] == "classifier" else None
-        model.load_state_dict(network_module(info).network(info, model.arch, head).state_dict())
+        model.load_state_dict(network_module(info).network(info, model.arch, head).state_dict(), assign=True)
     if not args.ticket:
         return
     settings = dict(kind=args.ticket, keep=args.keep, freeze=args.freeze, seed=args.seed)

@@ -49,7 +49,7 @@ def load(name, role=None, text=None, dtype=torch.float32, source=None):
             model = build(info, *gpt.read_folder(name, dtype), dtype)
         else:
             from models import clip
-            model = build(dict(kind="clip"), *clip.read_folder(name))
+            model = build(dict(kind="clip"), *clip.read_folder(name), dtype)
         found, is_text = ROLES[model.info.get("method", "base")], model.info["kind"] == "gpt"
     except files.DAMAGE as error:
         reason = " ".join(str(error).split()).removeprefix(f"{name}: ")[:400]
@@ -66,7 +66,7 @@ def from_file(path, role, dtype, source):
     content = files.read(path)
     if "kind" not in content:
         from models import clip
-        return build(dict(kind="clip"), *clip.from_state_dict(path, content))
+        return build(dict(kind="clip"), *clip.from_state_dict(path, content), dtype)
     check_checkpoint(content)
     if "optimizer" in content:
         raise ValueError(f"an unfinished run, of {content['step']} steps so far: continue it with --resume")

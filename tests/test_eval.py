@@ -143,19 +143,19 @@ def test_the_table_says_how_much_memory_cuda_takes(in_texts, table, capsys):
 @pytest.mark.parametrize("options, times", [("", 1), ("--speculative", 1), ("--compile --speculative", 2)])
 def test_the_time_of_the_compiler_is_not_measured(in_texts, monkeypatch, table, options, times):
     """Catches: What is timed includes a compilation, or every text is generated twice without a need."""
-    now, calls, warm_up = [0.0], [], ["base + reward (PRT)"] * (times == 1)
+    now, calls = [0.0], []
 
     def generate(row, prompts, *rest):
         calls.append(row.method)
-        now[0] += 1 if (len(calls) - len(warm_up)) % times == 0 else 50  # seconds
+        now[0] += 1 if len(calls) % times == 0 else 50  # seconds
         return [[5] * 9] * len(prompts)
 
     monkeypatch.setattr(answers, "generate", generate)
     monkeypatch.setattr(eval_script, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    rows = table(*EVAL_LM, "--limit", 5, *options.split())
-    assert calls == warm_up + [row["method"] for row in rows for _ in range(times)]
+    rows = table(*EVAL_LM, "--limit", 5, "--new-tokens", 20, *options.split())
+    assert calls == [row["method"] for row in rows for _ in range(times)]
     assert {row["speed"] for row in rows} == {50}  # with the end tokens
-    steps = 2 * 10 if "--speculative" in options else 10  # batches of 4, and of 5
+    steps = 2 * 16 if "--speculative" in options else 16  # of batches of 4, and of 5
     assert {row["ms"] for row in rows} == {1000 / steps}
 
 

@@ -298,9 +298,10 @@ def test_the_two_batches_with_the_longest_examples_come_first():
 def test_texts_are_batched_from_the_longest_down():
     """Catches: A batch has more tokens than are allowed, padding included, or a long text is in none."""
     texts = [[0] * n for n in (3, 9, 1, 40, 4, 4, 2)]
-    assert text.by_length(texts, lambda n, longest: n <= 3) == [[3, 1, 4], [5, 0, 6], [2]]
-    assert text.by_length(texts, lambda n, longest: n * longest <= 12) == [[3], [1], [4, 5, 0], [6, 2]]
-    assert text.by_length([], lambda n, longest: True) == []
+    assert text.by_length(texts, count=3) == [[3, 1, 4], [5, 0, 6], [2]]
+    assert text.by_length(texts, tokens=12) == [[3], [1], [4, 5, 0], [6, 2]]
+    assert text.by_length(texts, count=2, tokens=12) == [[3], [1], [4, 5], [0, 6], [2]]
+    assert text.by_length([], count=1) == []
 
 
 def test_grouped_batches_have_little_padding_in_an_order_that_the_seed_shuffles():

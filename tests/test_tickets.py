@@ -2,6 +2,7 @@
 import gzip
 import io
 import shutil
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -75,6 +76,23 @@ def test_the_gradient_of_the_scores_is_the_straight_through_formula():
 
 
 # Networks
+
+@pytest.mark.parametrize("ticket, init", [("random", None), ("base", None), (None, "random")])
+def test_a_source_with_the_same_weights_is_not_changed(ticket, init):
+    """Catches: With --augment, the frozen source gets random statistics, or a head of random signs."""
+    clip = load("openclip_rn")
+    source = Classifier(clip.arch, clip.visual, torch.randn(5, clip.arch["embed_dim"]))
+    for name, x in source.state_dict().items():
+        if "running" in name:
+            x.uniform_(0.5, 1.5)
+    before = {name: x.clone() for name, x in source.state_dict().items()}
+    info = dict(kind="classifier", classes=[*"abcde"])
+    model = weights.build(info, source.arch, source.state_dict(), None)
+    args = SimpleNamespace(ticket=ticket, reward_init=init, keep=0.5, freeze=0.0, seed=0)
+    tickets.start(args, model, info, None)
+    assert all(x.equal(before[name]) for name, x in source.state_dict().items())
+    assert ticket == "base" or not model.visual.conv1.weight.equal(source.visual.conv1.weight)
+
 
 @pytest.mark.parametrize("kind", ["random", "base"])
 def test_training_moves_scores_only_and_frozen_weights_stay(kind):

@@ -18,7 +18,8 @@ import prt
 from models import decode, flags, memory, runs
 
 FULL = dict(scores=10**8, text="qwen2.5-0.5b", base="qwen2.5-1.5b", image="ViT-B-16", texts=128, batch=128,
-            length=200, rows=(1, 64), new=64, steps=5, seed=0, recompute=False)
+            length=200, rows=(1, 64), new=64, steps=5, seed=0, accum=None, chunk=512,
+            recompute=False)
 TINY = FULL | dict(scores=10**5, text="tiny", base="tiny", image="tiny", texts=16, batch=16, length=16, new=8)
 
 
@@ -34,7 +35,7 @@ def selection(args, device):
 def training(args, device):
     """A step of a text reward by --accum: time, memory beside that of models/memory.py, and launches."""
     model, cuda = bench.text_model(args.text, torch.device("meta")), device.type == "cuda"
-    chosen = memory.accumulation(args, args.length, args.chunk, model, model, device) if cuda else None
+    chosen, _ = memory.choose(args, args.length, model, model, device) if cuda else (None, None)
     short = Namespace(**vars(args) | dict(length=2))  # with long texts the host waits for the GPU
     for accum in filter(None, dict.fromkeys([16, 4, 2, chosen])):
         what, options = f"--accum {accum}", dict(accum=accum, chunk=args.chunk)
@@ -104,7 +105,6 @@ def main():
     args = p.parse_args()
     vars(args).update(TINY if args.tiny else FULL)
     device = runs.setup(None if args.tiny else "cuda")
-    args.chunk = memory.chunk_size(bench.TEXTS[args.text]["vocab"], device) if device.type == "cuda" else 512
     print(f"{bench.conditions(device, args.seed)}\n\n| what | value | unit or note |\n|---|---|---|")
     for part in (selection, training, decoding, attention, rate, examples):
         try:
