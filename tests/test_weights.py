@@ -550,6 +550,29 @@ def test_what_generation_config_asks_for_is_told(tmp_path, capsys):
         assert all(word in printed for word in words or ())
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_generation_config_of_the_hub_is_read_and_not_asked_for_again(tmp_path, capsys, monkeypatch, serve,
+                                                                        sharded):
+    """Catches: It is never downloaded, or a load without network asks for one that the hub does not have."""
+    server, folder = serve(), edited(tmp_path, "llama2")
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    (folder / "generation_config.json").write_text(json.dumps(dict(repetition_penalty=1.1)))
+    if sharded:
+        tensors = (folder / "model.safetensors").rename(folder / "model-1-of-1.safetensors")
+        index = dict(weight_map=dict.fromkeys(files.read(tensors), tensors.name))
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for repo, left_out in (("org/one", ()), ("org/two", ("generation_config.json",))):
+        server.files |= {f"/{repo}/resolve/main/{path.name}": path.read_bytes() for path in folder.iterdir()
+                         if path.name not in left_out}
+        capsys.readouterr()
+        weights.load(repo)
+        assert ("repetition_penalty 1.1" in capsys.readouterr().out) == (not left_out)
+        server.seen.clear()
+        weights.load(repo)
+        seen = [path.rpartition("/")[2] for path, _ in server.seen]  # this fixture has no tokenizer
+        assert not {*seen} & {"generation_config.json", "model.safetensors", "config.json"}
+
+
 @pytest.mark.parametrize("name, change, word", [
     ("qwen2", dict(add_prefix_space=True), "add_prefix_space is True"),
     ("qwen2", dict(added_tokens_decoder={"1500": dict(content="<|im_start|>")}), "added_tokens_decoder"),
