@@ -15,12 +15,12 @@ SHARED = ["prt.py", "data/files.py", "data/schema.py", "data/hub.py", "data/bpe.
 IMAGES = [*SHARED, "data/images.py", "data/clip_tokenizer.py", "models/clip.py"]
 TEXT = [*SHARED, "data/text.py", "data/tokenizer.py", "models/gpt.py"]
 CORES = {"train_vision.py": ([*IMAGES, "train_vision.py"], 1371),
-         "train_lm.py": ([*TEXT, "train_lm.py"], 1500),
-         "eval.py, images": ([*IMAGES, "eval.py", "models/picture.py"], 1692),
-         "eval.py, text": ([*TEXT, "eval.py", "models/answers.py", "models/cache.py"], 1897)}
+         "train_lm.py": ([*TEXT, "train_lm.py"], 1505),
+         "eval.py, images": ([*IMAGES, "eval.py", "models/picture.py"], 1695),
+         "eval.py, text": ([*TEXT, "eval.py", "models/answers.py", "models/cache.py"], 1905)}
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENDMARKER}
-ROOM, TOTAL, METHOD, FIT, TESTS, COLUMNS = 120, 3630, 300, 60, 7000, 110
+ROOM, TOTAL, METHOD, FIT, TESTS, COLUMNS = 120, 3640, 300, 60, 7130, 110
 
 
 def code_lines(source):
