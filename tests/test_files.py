@@ -239,6 +239,22 @@ def test_lock_lets_one_in_at_a_time():
         entered.result(10)
 
 
+def test_processes_that_wait_for_a_download_take_the_file(cache, monkeypatch, serve):
+    """Catches: Eight processes download a model one after another, or read it while it is downloaded."""
+    server = serve()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    path = cache / "hub/org/clip/weights.bin"
+    with ThreadPoolExecutor() as pool:
+        with files.lock_cache():
+            found = pool.submit(hub.hub, "org/clip", "weights.bin")
+            with pytest.raises(TimeoutError):
+                found.result(0.1)
+            path.parent.mkdir(parents=True)
+            path.write_bytes(b"whole")
+        assert found.result(10) == path
+    assert server.seen == [] and path.read_bytes() == b"whole"
+
+
 # Files of torch.save, read whole or refused
 
 def rewritten(path, change=None, twice=None, compression=zipfile.ZIP_STORED):

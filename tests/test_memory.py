@@ -212,7 +212,8 @@ def test_weights_in_bfloat16_are_not_autocast_and_rope_is_cast_once():
     """Catches: The frozen source computes its norms in float32, or every layer casts the same tables."""
     model, ids, seen = weights.load(FIXTURES / "llama2"), torch.arange(3, 9)[None], []
     for layer in model.layers:
-        layer.register_forward_pre_hook(lambda layer, inputs: seen.append([x.dtype for x in inputs[1]]))
+        layer.register_forward_pre_hook(lambda layer, inputs: seen.append(
+            [torch.is_autocast_enabled("cpu"), *(x.dtype for x in inputs[1])]))
     plain = model(ids)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(ids)
@@ -221,5 +222,7 @@ def test_weights_in_bfloat16_are_not_autocast_and_rope_is_cast_once():
     assert torch.equal(inside, frozen(ids)) and inside.dtype == torch.bfloat16
     assert (plain - rounded).abs().max() > 0
     n = len(model.layers)
-    assert seen == [[torch.float32] * 2] * n + [[torch.bfloat16] * 2] * 3 * n
+    in_bfloat16 = [False, torch.bfloat16, torch.bfloat16]
+    assert seen[:2 * n] == [[False] + [torch.float32] * 2] * n + [[True, *in_bfloat16[1:]]] * n
+    assert seen[2 * n:] == [in_bfloat16] * 2 * n
 
