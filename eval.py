@@ -379,7 +379,7 @@ def text_answers(args, device, models):
         trained, examples = info["args"], text.load(info["data"], "train")[1]
         share = held_out_share(args, models, dict.fromkeys(models.given(), text.fingerprint(examples)))
         train = text.encode(examples, tokenizer, end, trained.get("length", 1024), trained.get("drop"))
-        held_out = answers.batches(train, runs.hold_out(len(train.ids), share)[1][:args.limit], how)
+        held_out = text.batches(train, runs.hold_out(len(train.ids), share)[1][:args.limit], how.scored)
     rows = plan(args, models, lambda row: -scores.score_texts(row.base, row.rewards, held_out)["nll"])
     if args.prompt is not None:
         text.report_special([[(args.prompt, False)]], tokenizer)
@@ -414,7 +414,7 @@ def text_table(args, device, models, rows, how, tokenizer, end, room):
     if 0 < (numbers := len(truth) - truth.count(None)) < len(truth):
         print(f"{numbers} of {len(truth)} reference answers have a number (####): only these count in exact")
     data = text.encode(examples, tokenizer, end, room)
-    batches = answers.batches(data, torch.arange(len(data.ids)), how)
+    batches = text.batches(data, torch.arange(len(data.ids)), how.scored)
     results, sizes, length = [], file_bytes(args, models), answers.new_tokens(prompts, how, room)
     parts = text.by_length(prompts, args.batch)
     for row in rows:

@@ -95,11 +95,12 @@ def train(args, device, state):
     indices = text.group_by_length(indices, lengths, args.batch, steps, args.seed)
     few = ": few; raise --epochs, or lower --batch" if steps < 50 and not args.steps else ""
     flags.check_warmup(args, steps)
-    each, chunk = args.batch // runs.world_size(), args.chunk or 512
-    accum = args.accum or next(n for n in range(1, each + 1) if each % n == 0 and each // n <= 8)
     if device.type == "cuda":
         from models import memory
         accum, chunk = memory.choose(args, max(lengths) - 1, model, source, device)
+    else:
+        each, chunk = args.batch // runs.world_size(), args.chunk or 512
+        accum = args.accum or each // max(n for n in range(1, 9) if each % n == 0)
     print(f"{used} of {len(lengths)} examples, --accum {accum}, --chunk {chunk}, {steps} steps{few}")
 
     def fetch(i, generator):
@@ -128,8 +129,7 @@ def train(args, device, state):
     runs.after_training(args.out, history[-1]["step"], steps)
 
     if test:
-        parts = text.by_length(test.ids, tokens=8192)
-        batches = [text.collate(test, torch.tensor(part)) for part in parts]
+        batches = text.batches(test, torch.arange(len(test.ids)), tokens=8192)
         rows = {args.out: (model, [])}
         if source:  # the reward of fine-tuning is model - source, so that the sum is the model
             rewards = [(1.0, model)] + ([(-1.0, source)] if args.method == "ft" else [])

@@ -77,9 +77,7 @@ def train(args, device, state):
     runs.place(source, device, runs.frozen_dtype(device), compile=args.compile and args.augment)
     test_logits = scores.predict(source, test.images)
     pixels, labels = runs.move_if_it_fits(data.images, device), data.labels.to(device)
-    if args.augment:  # the images differ in every step, so that the source cannot be run once in advance
-        source_logits = None
-    else:
+    if not args.augment:  # with it, the images differ in every step, and the source runs in each of them
         source, source_logits = None, scores.predict(source, pixels)  # [N, L]
 
     def fetch(i, generator):

@@ -136,6 +136,11 @@ def by_length(texts, count=math.inf, tokens=math.inf):
     return batches
 
 
+def batches(data, i, tokens):
+    """Returns the examples i [N] of Tokens, collated `by_length` into batches of at most so many tokens."""
+    return [collate(data, i[part]) for part in by_length([data.ids[k] for k in i], tokens=tokens)]
+
+
 def collate(data, i):
     """Returns ((ids [B, T], index [N]), targets [N]) for the examples i, padded on the right.
 

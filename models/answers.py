@@ -38,12 +38,6 @@ class Decoding(NamedTuple):
         return 256 * max(self.batch, 32)
 
 
-def batches(data, i, how):
-    """Returns the examples i [N] of text.Tokens in the batches in which they are scored."""
-    parts = text.by_length([data.ids[k] for k in i], tokens=how.scored)
-    return [text.collate(data, i[part]) for part in parts]
-
-
 def new_tokens(prompts, how, room):
     """Returns how many tokens an answer has at most. Raises ValueError if there is no room for them."""
     longest = max(map(len, prompts))

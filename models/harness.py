@@ -83,9 +83,7 @@ class TiltedModel(TemplateLM):
 
 
 def score_examples(base, rewards, data, how):
-    """Returns what scores.score_targets does for each of N text.Tokens: a list of [targets, 3] on the CPU.
-
-    """
+    """Returns what scores.score_targets does for each of N text.Tokens: a list of [targets, 3] on the CPU."""
     parts = text.by_length(data.ids, tokens=how.scored)
     found = scores.score_targets(base, rewards, [text.collate(data, torch.tensor(part)) for part in parts])
     order = [i for part in parts for i in part]

@@ -22,8 +22,7 @@ import torch.distributed as dist
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 from helpers import write_safetensors
 
-from models import pretrain, runs, weights
-from models.gpt import GPT
+from models import gpt, pretrain, runs, weights
 
 CONFIG = dict(model_type="llama", vocab_size=550, hidden_size=1024, intermediate_size=2816, eos_token_id=549,
               num_hidden_layers=8, num_attention_heads=16, max_position_embeddings=1024, rms_norm_eps=1e-5,
@@ -32,9 +31,7 @@ CONFIG = dict(model_type="llama", vocab_size=550, hidden_size=1024, intermediate
 
 def write_model(folder):
     """Writes a random Llama in Hugging Face's layout; returns its number of weights."""
-    arch = pretrain.OLD | dict(vocab=550, end=549, width=1024, layers=8, heads=16, kv_heads=16, head_width=64,
-                               mlp=2816, positions=1024)
-    tensors = {k: x.bfloat16() for k, x in GPT(arch).state_dict().items()}
+    tensors = {k: x.bfloat16() for k, x in gpt.GPT(gpt.architecture(CONFIG)).state_dict().items()}
     write_safetensors(folder / "model.safetensors", tensors)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "tokenizer.json").write_text(pretrain.TOKENIZER.read_text())
