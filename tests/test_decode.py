@@ -160,11 +160,10 @@ def test_few_numbers_of_drafts_are_checked(trained, monkeypatch):
     seen, accept = set(), decode.accept
     monkeypatch.setattr(decode, "accept", lambda p, q, drafts, *rest: seen.add(drafts.shape[1]) or accept(
         p, q, drafts, *rest))
-    for name in ("prt", "the mixture itself"):
+    names, lengths = ("prt", "the mixture itself"), (2, 7, 31, 60)
+    for name, length, (ids, pad) in itertools.product(names, lengths, trained.cases):
         rewards, drafter = drafted(trained, name)
-        for length in (2, 7, 31, 60):
-            for ids, pad in trained.cases:
-                decode.speculative(trained.base, rewards, ids, length=length, pad=pad, drafter=drafter)
+        decode.speculative(trained.base, rewards, ids, length=length, pad=pad, drafter=drafter)
     assert seen == {0, 1, 4, 8, 16}
 
 

@@ -241,8 +241,7 @@ def test_lock_lets_one_in_at_a_time():
 
 def test_processes_that_wait_for_a_download_take_the_file(cache, monkeypatch, serve):
     """Catches: Eight processes download a model one after another, or read it while it is downloaded."""
-    server = serve()
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_ENDPOINT", (server := serve()).url)
     path = cache / "hub/org/clip/weights.bin"
     with ThreadPoolExecutor() as pool:
         with files.lock_cache():

@@ -17,10 +17,8 @@ from data import text
 TOM = 'Once there was a boy named Tom. Tom had his hat. "He is Tom," said a bird. He saw him. He ran.'
 
 
-NAMES = ("bench", "calibration", "figures", "gpu", "loading", "real_weights", "stories", "tickets")
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["bench", "calibration", "figures", "gpu", "loading", "real_weights",
+                                  "stories", "tickets"])
 def test_a_program_starts(name, tmp_path):
     file = f"tests/measure/{name}.py"
     assert f"python {file}" in output(ROOT / file, "--help", cwd=tmp_path)

@@ -138,8 +138,7 @@ def test_out_of_memory_is_one_line_with_a_remedy(in_texts, monkeypatch, capfd, c
 def test_models_that_exceed_a_gpu_are_refused_before_they_are_moved(in_texts, monkeypatch, capfd, gpu):
     gpu(0.001, 80)
     monkeypatch.setattr(runs, "setup", lambda device: CUDA)
-    code = call(*EVAL_LM, "--limit", "2")
-    one_line(code, capfd.readouterr().err, "cuda:0 has 0.0 GB free", "--base")
+    one_line(call(*EVAL_LM, "--limit", "2"), capfd.readouterr().err, "cuda:0 has 0.0 GB free", "--base")
 
 
 def test_a_process_holds_one_block_beside_its_share(monkeypatch):
@@ -201,8 +200,7 @@ def test_an_image_tower_is_mapped_as_it_is_in_the_file(tmp_path):
 
 @pytest.mark.parametrize("batch, want", [(128, 16), (64, 8), (16, 2), (7, 1)])
 def test_on_a_cpu_a_micro_batch_has_up_to_eight_examples(in_texts, monkeypatch, batch, want):
-    fit = mock.Mock(side_effect=KeyboardInterrupt)
-    monkeypatch.setattr(prt, "fit", fit)
+    monkeypatch.setattr(prt, "fit", fit := mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         call("train_lm.py", "--data", "sums.jsonl", "--source", OLD, "--batch", batch, "--out", f"{batch}.pt")
     assert fit.call_args.kwargs["accum"] == want and fit.call_args.kwargs["chunk"] == 512

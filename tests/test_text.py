@@ -290,18 +290,21 @@ def test_the_two_batches_with_the_longest_examples_come_first():
     lengths, shuffled, indices = grouped(800, 173)
     longest = [int(lengths[indices(step)].max()) for step in range(173)]
     assert longest[:2] == sorted(longest, reverse=True)[:2] and longest[0] > longest[5]
-    equal = text.group_by_length(lambda step: torch.arange(8) + step, [65] * 20, 8, 5, 0)
-    same = [text.group_by_length(lambda step: torch.arange(8) + step, [9] * 20, 8, 5, 0)(k) for k in range(5)]
-    assert all(torch.equal(equal(step), same[step]) for step in range(5))
+    a, b = (text.group_by_length(lambda step: torch.arange(8) + step, [n] * 20, 8, 5, 0) for n in (9, 65))
+    assert all(torch.equal(a(step), b(step)) for step in range(5))
 
 
 def test_texts_are_batched_from_the_longest_down():
     """Catches: A batch has more tokens than are allowed, padding included, or a long text is in none."""
-    texts = [[0] * n for n in (3, 9, 1, 40, 4, 4, 2)]
+    texts = [torch.arange(n) for n in (3, 9, 1, 40, 4, 4, 2)]
     assert text.by_length(texts, count=3) == [[3, 1, 4], [5, 0, 6], [2]]
     assert text.by_length(texts, tokens=12) == [[3], [1], [4, 5, 0], [6, 2]]
     assert text.by_length(texts, count=2, tokens=12) == [[3], [1], [4, 5], [0, 6], [2]]
     assert text.by_length([], count=1) == []
+    data = text.Tokens(texts, [torch.ones(len(x), dtype=torch.bool) for x in texts])
+    found = text.batches(data, torch.tensor([6, 3, 1, 4]), 20)
+    assert [list(x.shape) for (x, _), _ in found] == [[1, 39], [2, 8], [1, 1]]
+    assert [y.tolist() for _, y in found] == [[*range(1, 40)], [*range(1, 9), 1, 2, 3], [1]]
 
 
 def test_grouped_batches_have_little_padding_in_an_order_that_the_seed_shuffles():

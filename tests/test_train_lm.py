@@ -184,8 +184,7 @@ def test_two_processes_equal_one_which_resumes_their_run(texts, tmp_path):
     assert call("train_lm.py", *command, half, "--resume") == 0
     assert same(one, two, atol=1e-5) and same(half, two, atol=1e-5) and not same(one, OLD, atol=1e-3)
     assert read(half)["step"] == 12 and "optimizer" not in read(half)
-    # One graph for all blocks of the reward and one for the source's, and for each another one for all other
-    # lengths; and one synchronization of gradients for each step.
+    # A graph for the blocks of each model, and another for other lengths; gradients are added up once a step.
     plain, fast = re.findall(r"^graphs (\d+) broken 0 syncs (.*)$", printed, re.M)
     assert plain == ("0", " ".join(["True"] * 12)) and fast[0] in ("2", "4")
     assert fast[1].removeprefix(plain[1] + " ") == " ".join(["False", "True"] * 12)

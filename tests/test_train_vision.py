@@ -8,9 +8,10 @@ import torch
 from conftest import TRAIN, call, interrupted, processes, read, same
 
 import prt
+import train_vision
 from data import files
 from models import weights
-from models.clip import CLIP
+from models.clip import CLIP, classifier
 from models.pretrain import CLIPS
 
 OLD, CONVNEXT = "out/shapes-0/old.pt", "convnext.pt"
@@ -33,11 +34,12 @@ def convnext(shapes):
     return shapes.folder / CONVNEXT
 
 
-@pytest.mark.parametrize("method", ["prt", "ft"])
-def test_a_convnext_is_tuned_and_loaded_again(convnext, in_shapes, tmp_path, monkeypatch, method):
+@pytest.mark.parametrize("method, more", [("prt", ()), ("ft", ()), ("prt", ["--augment"])])
+def test_a_convnext_is_tuned_and_loaded_again(convnext, in_shapes, tmp_path, monkeypatch, method, more):
+    """Catches: Statistics or weights are lost; with --augment, the reward is trained on no base at all."""
     out = tmp_path / "tuned.pt"
     monkeypatch.setattr(prt, "fit", mock.Mock(wraps=prt.fit))
-    assert call("train_vision.py", *TUNE, "--source", CONVNEXT, "--method", method, "--out", out) == 0
+    assert call("train_vision.py", *TUNE, "--source", CONVNEXT, "--method", method, *more, "--out", out) == 0
     before, after, tuned = read(convnext)["model"], read(out)["model"], weights.load(out, method, text=False)
     visual = {name for name in before if name.startswith("visual.")}
     assert set(after) == {"head", *visual}
@@ -45,6 +47,11 @@ def test_a_convnext_is_tuned_and_loaded_again(convnext, in_shapes, tmp_path, mon
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         assert torch.equal(tuned(images), prt.fit.call_args.args[0](images))
+        if base := prt.fit.call_args.kwargs["base"]:
+            clip, data = weights.load(convnext), train_vision.images.load("shapes", "test", 32)
+            source = classifier(clip, train_vision.images.prompts(data.classes, data.templates))
+            assert torch.allclose(base(images), source(images), atol=1e-5)
+    assert (base is None) == (not more)
 
 
 # Two processes

@@ -561,16 +561,16 @@ def test_a_generation_config_of_the_hub_is_read_and_not_asked_for_again(tmp_path
         tensors = (folder / "model.safetensors").rename(folder / "model-1-of-1.safetensors")
         index = dict(weight_map=dict.fromkeys(files.read(tensors), tensors.name))
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    for repo, left_out in (("org/one", ()), ("org/two", ("generation_config.json",))):
+    for repo, left_out in (("org/one", None), ("org/two", "generation_config.json")):
         server.files |= {f"/{repo}/resolve/main/{path.name}": path.read_bytes() for path in folder.iterdir()
-                         if path.name not in left_out}
+                         if path.name != left_out}
         capsys.readouterr()
         weights.load(repo)
         assert ("repetition_penalty 1.1" in capsys.readouterr().out) == (not left_out)
         server.seen.clear()
         weights.load(repo)
-        seen = [path.rpartition("/")[2] for path, _ in server.seen]  # this fixture has no tokenizer
-        assert not {*seen} & {"generation_config.json", "model.safetensors", "config.json"}
+        seen = {path.rpartition("/")[2] for path, _ in server.seen}  # this fixture has no tokenizer
+        assert not seen & {"generation_config.json", "model.safetensors", "config.json"}
 
 
 @pytest.mark.parametrize("name, change, word", [
