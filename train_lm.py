@@ -22,7 +22,7 @@ import torch
 import prt
 from data import text
 from models import flags, runs, scores, weights
-from models.gpt import GPT, same_vocabulary
+from models.gpt import GPT, new_output_matrix, same_vocabulary
 
 REMEDY = "lower --length or --chunk, raise --accum, add --recompute, or use more GPUs (torchrun)"
 # Flag -> default, the paper's recipe. Pretraining and tickets (masks) change some of them.
@@ -38,7 +38,9 @@ def parse(argv=None):
     p, run, recipe, machine = flags.training(__doc__, RECIPES, "3%% of the steps")
     run.add_argument("--data", help="arithmetic, gsm8k, a .jsonl, .parquet, or .txt file, or a folder with "
                      "train.* and test.* (default: arithmetic)")
-    run.add_argument("--reward-init", help="start the reward from a model, or random (default: --source)")
+    run.add_argument("--reward-init", help="start the reward from a copy of --source, from its body with a new "
+                     "output matrix (head), from random weights, or from a model: copy, head, random, or its "
+                     "path (default: copy)")
     run.add_argument("--size", choices=("old", "new", "large"),
                      help="size of the GPT to pretrain (default: new)")
     recipe.add_argument("--epochs", type=flags.positive(float), help="data passes if no --steps (default: 2)")
@@ -141,10 +143,12 @@ def train(args, device, state):
 
 def load_models(args):
     """Returns the model to train, the frozen source, their tokenizer, and the end token's id."""
-    begin = args.source if args.reward_init in (None, "random") else args.reward_init
+    begin = args.source if args.reward_init in (None, *flags.STARTS) else args.reward_init
     source = weights.load(args.source, "base", text=True, dtype=None).requires_grad_(False)
     model = weights.load(begin, text=True, dtype=None)
     tokenizer = same_vocabulary({f"--source {args.source}": source, f"reward of {begin}": model})
+    if args.reward_init == "head":
+        new_output_matrix(model, args.seed + 1)  # the source may have started from the numbers of args.seed
     model.arch["end"] = end = source.arch["end"]
     if end is None:
         raise ValueError(f"{args.source}: its config.json names no eos_token_id, which ends every response")

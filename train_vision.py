@@ -35,7 +35,8 @@ def parse(argv=None):
                      "country211, a Hub id, or a folder (default: shapes)")
     run.add_argument("--size", choices=("tiny", "small"),
                      help="size of the CLIP to pretrain (default: small)")
-    run.add_argument("--reward-init", choices=["random"], help="random weights (default: those of --source)")
+    run.add_argument("--reward-init", choices=("copy", "random"), help="start the reward from a copy of "
+                     "--source, or from random weights (default: copy)")
     recipe.add_argument("--augment", action="store_true", help="random crops and flips")
     return flags.resolve(p, flags.parsed(p, argv), RECIPES, no_pretraining=["source"])
 
@@ -87,7 +88,7 @@ def train(args, device, state):
         return (x,), y, runs.take(source_logits, i, device)
 
     # The reward model, which starts as a copy of the source, and Algorithm 1.
-    if args.ticket or args.reward_init:
+    if args.ticket or args.reward_init == "random":
         from models import tickets
         tickets.start(args, model, info, state)
     runs.place(model, device, compile=args.compile)

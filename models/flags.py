@@ -8,6 +8,10 @@ from data import hub
 from models import runs
 
 
+# What --reward-init may be, besides a model of text.
+STARTS = ("copy", "head", "random")
+
+
 def parser(doc):
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -64,7 +68,9 @@ def resolve(p, args, recipes, no_pretraining):
     no_pretraining: names of arguments without an effect on pretraining, besides those of the reward.
     Without --data, --source, and --method nothing but the built-in example is meant: they stay as they are.
     """
-    if args.ticket or args.keep or args.freeze or args.reward_init:
+    if args.method in ("ft", "pretrain") and args.reward_init:
+        p.error(f"--reward-init is for rewards, not for --method {args.method}")
+    if args.ticket or args.keep or args.freeze:
         from models import tickets
         tickets.check_flags(p, args)
     if args.method == "pretrain":
@@ -96,7 +102,7 @@ def check_run(args, made=()):
     """
     if args.out.endswith(os.sep) or Path(args.out).is_dir():
         raise ValueError(f"--out {args.out}: a folder; a checkpoint's name, such as out/reward.pt, is needed")
-    for name in {args.source, args.reward_init} - {None, "random", *made}:
+    for name in {args.source, args.reward_init} - {None, *STARTS, *made}:
         hub.locate(name)
     if args.batch % ((args.accum or 1) * runs.world_size()):
         raise ValueError(f"--batch {args.batch} does not split into --accum {args.accum or 1} x "

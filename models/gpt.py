@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from data import files, hub, schema
 from data.tokenizer import Tokenizer
 
+HEAD_STD = 0.3  # of the logits of a new output matrix, for features of size 1
+
 
 def frequencies(rope, width):
     """Returns RoPE's radians per position, float32 [head width / 2]; llama3 lowers the small ones."""
@@ -188,6 +190,21 @@ class GPT(nn.Module):
         with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not in_bfloat16):
             x = self.features(ids)
             return self.head(x) if index is None else x.flatten(0, 1)[index]
+
+
+def new_output_matrix(model, seed):
+    """Gives a GPT a random output matrix, in place, whose logits have a standard deviation of about HEAD_STD.
+
+    A copied one would carry the source's answers into the reward. A tied model is untied: its embedding stays
+    as it is.
+    """
+    rows, width = model.arch["vocab"], model.arch["width"]
+    if model.lm_head is None:
+        print(f"the reward's output matrix is not tied to its embedding: {rows * width:,} more weights")
+    random = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    model.lm_head = nn.Linear(width, rows, bias=False, device="meta")
+    model.lm_head.weight = nn.Parameter(HEAD_STD * width**-0.5 * random)
+    model.arch["tied"] = False
 
 
 def network(info, arch, head=None):

@@ -124,8 +124,6 @@ def convert(model, settings):
 
 def check_flags(p, args):
     """Exits with one line if --ticket, --keep, --freeze, --reward-init, or --method contradict each other."""
-    if args.method in ("ft", "pretrain") and args.reward_init:
-        p.error(f"--reward-init is for rewards, not for --method {args.method}")
     if args.ticket and args.reward_init:
         p.error("--reward-init: a ticket's weights are those that --ticket names; leave it out")
     if args.ticket and args.method == "pretrain":
