@@ -148,10 +148,10 @@ def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alph
             if world > 1:  # the processes add up their gradients once a step
                 model.set_requires_gradient_sync(i == len(micro_batches))
             with autocast:
-                features = model(*inputs)  # the logits, unless there is a head
                 if base_features is None and base is not None and not cancels:
                     with torch.no_grad():
                         base_features = base(*inputs)
+                features = model(*inputs)  # the logits, unless there is a head
             with in_chunks(features, base_features, targets, chunk) as chunks:
                 for part, base_part, y in chunks:
                     with autocast:

@@ -22,13 +22,13 @@ import torch
 import prt
 from data import text
 from models import flags, runs, scores, weights
-from models.gpt import GPT, new_output_matrix, same_vocabulary
+from models.gpt import new_output_matrix, same_vocabulary
 
 REMEDY = "lower --length or --chunk, raise --accum, add --recompute, or use more GPUs (torchrun)"
 # Flag -> default, the paper's recipe. Pretraining and tickets (masks) change some of them.
 PAPER = dict(data="arithmetic", method="prt", source="Qwen/Qwen2.5-0.5B", epochs=2, batch=128, accum=None,
              lr=2e-5, weight_decay=0.0, length=1024, beta=1.0, alpha=0.0, hold_out=0.0, seed=0)
-RECIPES = dict(prt=PAPER, ticket=PAPER | dict(lr=1e-2, keep=0.5, freeze=0.0),
+RECIPES = dict(prt=PAPER, ticket=PAPER | dict(lr=1e-2, keep=0.5, freeze=0.0), lora=PAPER | dict(lr=2e-4),
                pretrain=PAPER | dict(source=None, size="new", steps=1000, batch=64, accum=1, lr=3e-3,
                                      weight_decay=0.1, length=65))
 
@@ -38,9 +38,9 @@ def parse(argv=None):
     p, run, recipe, machine = flags.training(__doc__, RECIPES, "3%% of the steps")
     run.add_argument("--data", help="arithmetic, gsm8k, a .jsonl, .parquet, or .txt file, or a folder with "
                      "train.* and test.* (default: arithmetic)")
-    run.add_argument("--reward-init", help="start the reward from a copy of --source, from its body with a new "
-                     "output matrix (head), from random weights, or from a model: copy, head, random, or its "
-                     "path (default: copy)")
+    run.add_argument("--reward-init", help="start the reward as a copy of --source (copy), the same with a "
+                     "new output matrix (head), with random weights (random), or from a model (its path; "
+                     "default: copy)")
     run.add_argument("--size", choices=("old", "new", "large"),
                      help="size of the GPT to pretrain (default: new)")
     recipe.add_argument("--epochs", type=flags.positive(float), help="data passes if no --steps (default: 2)")
@@ -83,6 +83,18 @@ def train(args, device, state):
         data = text.encode(examples, tokenizer, end, args.length, args.drop)
         info = dict(method=args.method, beta=args.beta, source=args.source,
                     source_sha256=weights.fingerprint(source))
+    info |= dict(kind="gpt", arch=model.arch, tokenizer=tokenizer.text, template=template, data=args.data,
+                 examples=fingerprint)
+    model.recompute = args.recompute
+    if args.ticket or args.reward_init == "random":
+        from models import tickets
+        tickets.start(args, model, info, state)
+    elif args.lora:
+        from models import lora
+        source = lora.start(args, model, info)  # the same modules, with what is trained left out
+    if args.ticket or args.lora:
+        info["tokenizer"] = tokenizer.hash  # the text may need more bytes than the rest of the file
+    weights.check_same(args, state, info)
     room = min(network.arch["positions"] for network in (model, source) if network)
     lengths = [len(ids) for ids in data.ids]
     if max(lengths) - 1 > room:
@@ -108,16 +120,10 @@ def train(args, device, state):
     def fetch(i, generator):
         return *runs.to_device(text.collate(data, i), device), None
 
-    # The reward model, which starts as a copy of the source, and Algorithm 1.
-    info |= dict(kind="gpt", arch=model.arch, tokenizer=tokenizer.text, template=template, data=args.data,
-                 examples=fingerprint)
-    model.recompute = args.recompute
-    if args.ticket or args.reward_init == "random":
-        from models import tickets
-        tickets.start(args, model, info, state)
-    weights.check_same(args, state, info)
-    for network, dtype in (model, torch.float32), (source, runs.frozen_dtype(device)):
-        if network:
+    # Algorithm 1
+    frozen = runs.frozen_dtype(device)
+    for network, dtype in (model, frozen if args.lora else torch.float32), (source, frozen):
+        if network and not (args.lora and network is source):
             runs.place(network, device, dtype, dtype, args.compile)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     start = weights.restore(args, model, optimizer, state, steps)
@@ -125,7 +131,7 @@ def train(args, device, state):
         model, indices, fetch, base=source, method=args.method if source else "prt", beta=args.beta,
         alpha=args.alpha, optimizer=optimizer, steps=steps, decay="linear",
         warmup=round(0.03 * steps) if args.warmup is None else args.warmup, accum=accum,
-        seed=args.seed, head=GPT.head, chunk=chunk, start=start, stop=runs.stopping,
+        seed=args.seed, head=lambda model, x: model.head(x), chunk=chunk, start=start, stop=runs.stopping,
         name=Path(args.out).stem,
         save=lambda step: weights.save(args, info, model, optimizer, step, steps))
     runs.after_training(args.out, history[-1]["step"], steps)
@@ -142,12 +148,15 @@ def train(args, device, state):
 
 
 def load_models(args):
-    """Returns the model to train, the frozen source, their tokenizer, and the end token's id."""
+    """Returns the model to train, the frozen source, their tokenizer, and the end token's id.
+
+    With --lora, both are one model.
+    """
     begin = args.source if args.reward_init in (None, *flags.STARTS) else args.reward_init
     source = weights.load(args.source, "base", text=True, dtype=None).requires_grad_(False)
-    model = weights.load(begin, text=True, dtype=None)
+    model = source if args.lora else weights.load(begin, text=True, dtype=None)
     tokenizer = same_vocabulary({f"--source {args.source}": source, f"reward of {begin}": model})
-    if args.reward_init == "head":
+    if args.reward_init == "head" and not args.lora:
         new_output_matrix(model, args.seed + 1)  # the source may have started from the numbers of args.seed
     model.arch["end"] = end = source.arch["end"]
     if end is None:

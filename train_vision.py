@@ -24,7 +24,7 @@ REMEDY = "raise --accum, or use more GPUs (torchrun)"
 # Flag -> default, the paper's recipe. Pretraining and tickets (masks) change some of them.
 PAPER = dict(data="shapes", method="prt", source="timm/vit_base_patch16_clip_224.laion400m_e32", steps=2000,
              batch=128, accum=1, lr=1e-5, weight_decay=0.0, beta=1.0, alpha=0.0, hold_out=0.0, seed=0)
-RECIPES = dict(prt=PAPER, ticket=PAPER | dict(lr=1e-2, keep=0.5, freeze=0.0),
+RECIPES = dict(prt=PAPER, ticket=PAPER | dict(lr=1e-2, keep=0.5, freeze=0.0), lora=PAPER | dict(lr=1e-4),
                pretrain=PAPER | dict(source=None, size="small", steps=1200, lr=5e-4))
 
 
@@ -70,12 +70,22 @@ def train(args, device, state):
     info = dict(kind="classifier", arch=source.arch, classes=data.classes, templates=data.templates,
                 examples=data.examples, data=args.data, method=args.method, beta=args.beta,
                 source=args.source, source_sha256=weights.fingerprint(source))
-    weights.check_same(args, state, info)
     indices = runs.batches(len(data.labels), args.hold_out, args.batch, args.seed)
     del clip  # and its text tower
+
+    # The reward model, which starts as a copy of the source.
     model = weights.build(info, source.arch, source.state_dict(), dtype=None)  # shares its weights so far
-    # Autocast would cast its matrices in any case.
-    runs.place(source, device, runs.frozen_dtype(device), compile=args.compile and args.augment)
+    frozen = runs.frozen_dtype(device)  # bfloat16 on CUDA, to which autocast would cast in any case
+    if args.ticket or args.reward_init == "random":
+        from models import tickets
+        tickets.start(args, model, info, state)
+    elif args.lora:
+        from models import lora
+        source = lora.start(args, model, info)  # the same modules, with what is trained left out
+    weights.check_same(args, state, info)
+    if not args.lora:
+        runs.place(source, device, frozen, compile=args.compile and args.augment)
+    runs.place(model, device, frozen if args.lora else torch.float32, compile=args.compile)
     test_logits = scores.predict(source, test.images)
     pixels, labels = runs.move_if_it_fits(data.images, device), data.labels.to(device)
     if not args.augment:  # with it, the images differ in every step, and the source runs in each of them
@@ -87,11 +97,7 @@ def train(args, device, state):
             return (images.augment(resize(x, model.arch["image_size"]), generator),), y, None
         return (x,), y, runs.take(source_logits, i, device)
 
-    # The reward model, which starts as a copy of the source, and Algorithm 1.
-    if args.ticket or args.reward_init == "random":
-        from models import tickets
-        tickets.start(args, model, info, state)
-    runs.place(model, device, compile=args.compile)
+    # Algorithm 1
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     start = weights.restore(args, model, optimizer, state, args.steps)
     history = prt.fit(

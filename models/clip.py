@@ -1,9 +1,9 @@
 """CLIP (Radford et al. 2021) with a ViT, and how it is read from OpenCLIP's and OpenAI's files.
 
-Parameters have the names of these files. An architecture is a dict of plain values, which `architecture`
-reads off a state dict: embed_dim, image_size, mean, std, quick_gelu; the text tower's text_width,
-text_layers, text_heads, context, vocab; and a ViT's width, layers (an int), patch, heads. models/convnets.py
-has the convolutional image towers, whose `layers` are four ints.
+Parameters have the names of these files, but for `in_proj.` instead of `in_proj_`. An architecture is a dict
+of plain values, which `architecture` reads off a state dict: embed_dim, image_size, mean, std, quick_gelu;
+the text tower's text_width, text_layers, text_heads, context, vocab; and a ViT's width, layers (an int),
+patch, heads. models/convnets.py has the convolutional image towers, whose `layers` are four ints.
 """
 import math
 from collections import OrderedDict
@@ -28,13 +28,14 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) * width**-0.5)
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.in_proj = nn.Linear(width, 3 * width, device="meta")  # of the files' in_proj_weight and _bias
+        self.in_proj.weight = nn.Parameter(torch.randn(3 * width, width) * width**-0.5)
+        self.in_proj.bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x, causal, queries):
         """Maps features x [B, T, D] to [B, queries, D]; only the first `queries` positions are queries."""
-        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        q, k, v = self.in_proj(x).chunk(3, -1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [B, H, T, D/H]
         x = F.scaled_dot_product_attention(q[:, :, :queries], k, v, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).flatten(2))  # [B, H, queries, D/H] -> [B, queries, D]

@@ -7,7 +7,6 @@ from pathlib import Path
 from data import hub
 from models import runs
 
-
 # What --reward-init may be, besides a model of text.
 STARTS = ("copy", "head", "random")
 
@@ -19,13 +18,13 @@ def parser(doc):
 def training(doc, recipes, warmup):
     """Returns the parser of a training script, and its groups "run", "recipe", and "machine" for more flags.
 
-    recipes: name -> (flag -> default), for a reward and fine-tuning ("prt"), "pretrain", and "ticket".
+    recipes: name -> (flag -> default), for a reward and fine-tuning ("prt"), "ticket", "lora", "pretrain".
     warmup: the default of --warmup, in words.
     """
     def default(flag):
-        reward, *others = (recipes[name].get(flag, "none") for name in ("prt", "pretrain", "ticket"))
-        others = [f"; {name}: {value or 0}" for name, value in zip(("pretrain", "ticket"), others)
-                  if value not in (reward, None)]
+        reward = recipes["prt"].get(flag, "none")
+        others = [f"; {name}: {recipe[flag] or 0}" for name, recipe in recipes.items()
+                  if recipe.get(flag) not in (reward, None)]
         return f"(default: {'what fits' if reward is None else reward}{''.join(others)})"
 
     p = parser(doc)
@@ -57,6 +56,8 @@ def training(doc, recipes, warmup):
                         f"{default('keep')}")
     ticket.add_argument("--freeze", type=from_0(float, below=1), help="share of the mask that is random, "
                         f"which saves its bits {default('freeze')}")
+    ticket.add_argument("--lora", type=positive(int), metavar="RANK", help="train low-rank changes of the "
+                        "frozen --source instead of a whole model (default: none)")
     machine.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     machine.add_argument("--compile", action="store_true", help="use torch.compile for the networks")
     return p, run, recipe, machine
@@ -70,6 +71,10 @@ def resolve(p, args, recipes, no_pretraining):
     """
     if args.method in ("ft", "pretrain") and args.reward_init:
         p.error(f"--reward-init is for rewards, not for --method {args.method}")
+    starts = (None, "copy", "head")  # of low-rank changes
+    if args.lora and (args.ticket or args.method == "pretrain" or args.reward_init not in starts):
+        p.error("--lora changes --source: it goes with neither --ticket, --method pretrain, nor another "
+                "--reward-init than copy and head")
     if args.ticket or args.keep or args.freeze:
         from models import tickets
         tickets.check_flags(p, args)
@@ -78,10 +83,12 @@ def resolve(p, args, recipes, no_pretraining):
     else:
         idle = ["size"]
     refuse(p, args, idle + (["epochs"] if args.steps else []), f"here (--method {args.method or 'prt'})")
-    name = "ticket" if args.ticket else "pretrain" if args.method == "pretrain" else "prt"
+    name = "ticket" if args.ticket else "lora" if args.lora else "prt"
+    name = "pretrain" if args.method == "pretrain" else name
     if not (args.source or args.method) and args.data in (None, recipes["prt"]["data"]):
-        if args.ticket:
-            p.error("--ticket needs a --source, such as old.pt in the folder of a run without flags")
+        if args.ticket or args.lora:
+            p.error("--ticket and --lora need a --source, such as old.pt in the folder of a run without "
+                    "flags")
         return args
     args = filled(recipes[name], args)
     args.out = args.out or f"out/{Path(args.data).name}-{args.method}.pt"

@@ -176,8 +176,9 @@ class GPT(nn.Module):
 
     def head(self, features):
         """Maps features [..., D] to logits [..., size] of the first `size` tokens of the vocabulary."""
-        matrix = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(features, matrix.weight)[..., :self.size]  # autocast caches casts of whole weights
+        tied = self.lm_head is None
+        logits = F.linear(features, self.embed_tokens.weight) if tied else self.lm_head(features)
+        return logits[..., :self.size]  # of all: autocast caches casts of whole weights
 
     def forward(self, ids, index=None):
         """Maps token ids [B, T] to logits [B, T, V], or to features [N, D] if index is given.
@@ -361,10 +362,10 @@ def same_vocabulary(models):
     """Returns the tokenizer that GPTs share, and limits their logits to its number of tokens.
 
     models: name -> GPT. Raises ValueError if the tokenizers differ, or an output matrix has too few rows. A
-    ticket has only the hash of its tokenizer, which would be larger than its masks.
+    reward in a small file has only the hash of its tokenizer, whose text may be larger than the rest.
     """
     tokenizers = {name: Tokenizer(model.info.get("tokenizer"), name) for name, model in models.items()
-                  if "ticket" not in model.info}
+                  if not model.info.keys() & {"ticket", "lora"}}
     first_name, first = next(iter(tokenizers.items()))
     for name, model in models.items():
         other = tokenizers[name].hash if name in tokenizers else model.info["tokenizer"]

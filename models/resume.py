@@ -30,7 +30,8 @@ def restore(path, model, optimizer, state, steps):
         raise ValueError(f"--resume: {path} has {state['step']} steps, but the run only {steps}")
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     with files.explain(f"--resume: {path} does not fit", *files.DAMAGE):
-        shapes, saved = ({name: (x.shape, x.dtype) for name, x in tensors.items()}
+        frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        shapes, saved = ({name: (x.shape, x.dtype) for name, x in tensors.items() if name not in frozen}
                          for tensors in (model.state_dict(), state["model"]))
         if different := [name for name in shapes | saved if shapes.get(name) != saved.get(name)]:
             raise ValueError(f"weights are missing, too many, or others: {different[0]}")

@@ -155,20 +155,21 @@ def blocks(model):
 
 
 def place(model, device, dtype=torch.float32, vectors=torch.float32, compile=False):
-    """Moves a model to the device, in place: its matrices in `dtype`, its norms and biases in `vectors`.
+    """Moves a model to the device, in place, with the weights that are trained in float32.
 
     With several processes, each keeps its share of the weights (FSDP2). A block is cast and moved right
     before that, so that no process ever holds more than its share and one block, or what is in no block, such
     as the embedding and the output matrix. Weights that are trained are copied, so that they may be those of
     another model, or of a file that is mapped into memory.
 
+    dtype, vectors: those of frozen matrices, and of frozen norms and biases.
     compile: whether to compile each block, or the whole of a model without blocks. Blocks of a kind share one
     graph, and remain compiled where they are sharded and computed again for backward: a graph of the whole
     model would break there.
     """
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    check_memory(16 * trained / world_size(), device,  # weights, gradients, and Adam's averages
-                 "take a smaller model, or more GPUs (torchrun)")
+    need = sum(p.numel() * (16 if p.requires_grad else dtype.itemsize) for p in model.parameters())
+    check_memory(need / world_size(), device,  # 16: the weight, its gradient, and Adam's averages
+                 "take a smaller model, --lora, or more GPUs (torchrun)")
     parts, shard = [model], None
     if world_size() > 1:
         from models import processes
@@ -176,7 +177,8 @@ def place(model, device, dtype=torch.float32, vectors=torch.float32, compile=Fal
     for part in parts:
         for p in part.parameters():
             if not isinstance(p, DTensor):  # of a block that was sharded before
-                p.data = p.data.to(device, dtype if p.ndim > 1 else vectors, copy=p.requires_grad)
+                kind = torch.float32 if p.requires_grad else dtype if p.ndim > 1 else vectors
+                p.data = p.data.to(device, kind, copy=p.requires_grad)
         if shard:
             shard(part)
     model.to(device)  # the rest: buffers

@@ -29,27 +29,12 @@ def load(info, dtype, source):
 
     Raises OSError that names --source if the weights that it masks are not found.
     """
-    return weights.build(info, info["arch"], unpack(info, masked_model(info, source)), dtype)
-
-
-def masked_model(info, source):
-    """Returns the source that a ticket masks, for images with its zero-shot head, or None if it is random."""
-    if info["ticket"]["kind"] != "base":
-        return None
-    is_text = info["kind"] == "gpt"
-    try:
-        model = weights.load(source or info["source"], "base", text=is_text)
-    except OSError as error:
-        raise OSError(f"{error}; a ticket is a mask over these weights: name them with --source") from None
-    if is_text:
-        return model
-    from data import images
-    from models.clip import classifier
-    return classifier(model, images.prompts(info["classes"], info["templates"]))
+    masked = weights.source_of(info, source) if info["ticket"]["kind"] == "base" else None
+    return weights.build(info, info["arch"], unpack(info, masked), dtype)
 
 
 def unpack(info, source):
-    """Returns the tensors of a ticket's network; info: its checkpoint. source: as masked_model returns it.
+    """Returns the tensors of a ticket's network; info: its checkpoint. source: that it masks, or None.
 
     Raises ValueError if the weights below its masks are not those of its training.
     """

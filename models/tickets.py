@@ -149,6 +149,3 @@ def start(args, model, info, state):
     info["ticket"] = convert(model, settings)
     if state and state["ticket"]["checksum"] != info["ticket"]["checksum"]:
         raise ValueError(f"--resume: {args.out} was started with other weights below the mask")
-    if info["kind"] == "gpt":
-        from data.tokenizer import Tokenizer
-        info["tokenizer"] = Tokenizer(info["tokenizer"], args.source).hash  # the text needs more bytes

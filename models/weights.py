@@ -16,7 +16,8 @@ from data import files, hub, schema
 from models import flags
 
 ROLES = dict(base="a base", prt="a reward", ft="a fine-tuned model")  # role or method -> name in messages
-FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # saved as one process would save it
+# Saved as one process would save it, without weights that are not trained.
+FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 # The file that tells a folder's layout -> whether it is that of a model for text.
 LAYOUTS = {"open_clip_config.json": False, "config.json": True}
 # Flags that may change when a run is resumed.
@@ -35,7 +36,8 @@ def load(name, role=None, text=None, dtype=torch.float32, source=None):
     role: the role that it must have, a key of ROLES. text: True for a model for text, False for images.
     dtype: of a GPT's weights; those of image models are then float32. None: as in the file, which is mapped
         into memory, so that runs.place need not hold the model twice.
-    source: the source, for a ticket that is a mask over its weights (default: the path stored in it).
+    source: the source, for a reward whose file holds only masks or factors of its weights (default: the
+        path stored in it).
 
     Raises ValueError or OSError that names the file.
     """
@@ -75,6 +77,9 @@ def from_file(path, role, dtype, source):
             raise ValueError("a ticket, which is no base")
         from models import ticket_files  # an optional file
         return ticket_files.load(content, dtype, source)
+    if "lora" in content:
+        from models import lora  # an optional file
+        return lora.load(content, dtype, source)
     if not all(x.isfinite().all() for x in content["model"].values()):
         raise ValueError("a weight is nan or infinite")
     info = {k: v for k, v in content.items() if k != "model"}
@@ -91,12 +96,29 @@ def check_checkpoint(content):
         parts.append(f"{kind}_checkpoint")
     if "method" in content or kind == "classifier":
         parts.append("tuned")
-    if "ticket" in content:
-        parts.append("ticket")
+    parts += [kind for kind in ("ticket", "lora") if kind in content]
     if "optimizer" in content:
         parts.append("unfinished")
     schema.check(content, "its entries", *parts)
     network_module(content).check_arch(content["arch"])
+
+
+def source_of(info, source=None, dtype=torch.float32):
+    """Returns the source of a reward whose file needs it; for images, as a zero-shot classifier.
+
+    info: the reward's checkpoint. source: another path than is stored there, or None. Raises OSError that
+    names --source if it is not found.
+    """
+    is_text = info["kind"] == "gpt"
+    try:
+        model = load(source or info["source"], "base", text=is_text, dtype=dtype)
+    except OSError as error:
+        raise OSError(f"{error}; the reward's file changes these weights: name them with --source") from None
+    if is_text:
+        return model
+    from data import images
+    from models.clip import classifier
+    return classifier(model, images.prompts(info["classes"], info["templates"]))
 
 
 def build(info, arch, tensors, dtype=torch.float32):
@@ -109,11 +131,14 @@ def build(info, arch, tensors, dtype=torch.float32):
         model = network_module(info).network(info, arch, tensors.get("head"))
     dtype = torch.float32 if dtype and info["kind"] != "gpt" else dtype
     buffers = dict(model.named_buffers())
-    for name, x in tensors.items():
+    for name in [*tensors]:
+        x = tensors.pop(name)
+        name = name.replace(".in_proj_", ".in_proj.")  # the names in CLIP's files
         if x.is_floating_point():
-            tensors[name] = x.to(torch.float32 if name in buffers else dtype or x.dtype)
+            x = x.to(torch.float32 if name in buffers else dtype or x.dtype)
         elif not name.endswith("num_batches_tracked"):  # of BatchNorm
             raise ValueError(f"{name} has dtype {x.dtype}; weights are floating-point numbers")
+        tensors[name] = x
     model.load_state_dict(tensors, assign=True)
     model.info = info
     return model.eval().requires_grad_(True)
@@ -203,6 +228,9 @@ def save(args, info, model, optimizer, step, steps):
             from models import ticket_files
             ticket_files.save(args.out, content, model, model_state)
         else:
+            if "lora" in info:
+                from models import lora
+                model_state = lora.packed(model_state)
             files.save(args.out, content | dict(model=model_state))
         if step == steps:
             tqdm.write(f"{args.out}: {Path(args.out).stat().st_size:,} bytes")

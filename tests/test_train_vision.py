@@ -89,7 +89,7 @@ def assert_close(a, b):
     a, b = read(a)["model"], read(b)["model"]
     for name, x in a.items():
         # A key's bias has no gradient but the rounding errors, which Adam magnifies.
-        assert torch.allclose(x, b[name], atol=1e-4 if name.endswith("in_proj_bias") else 1e-6), name
+        assert torch.allclose(x, b[name], atol=1e-4 if name.endswith("in_proj.bias") else 1e-6), name
 
 
 def test_two_processes_pretrain_the_clip_of_one_process(twice, in_shapes, tmp_path):

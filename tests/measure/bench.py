@@ -281,9 +281,9 @@ def transformers_tower(arch, tensors):
         for old, new in parts:
             name = name.replace(old, new)
         name = "vision_model." + name
-        if "in_proj_" in name:  # one matrix for the three projections here, three there
+        if "in_proj." in name:  # one matrix for the three projections here, three there
             for letter, part in zip("qkv", tensor.chunk(3)):
-                mapped[name.replace("attn.in_proj_", f"self_attn.{letter}_proj.")] = part
+                mapped[name.replace("attn.in_proj.", f"self_attn.{letter}_proj.")] = part
         else:
             mapped[name] = tensor
     missing, left_over = peer.load_state_dict(mapped, strict=False)
