@@ -158,11 +158,11 @@ def load_models(args, device):
     rewards = {args.reward[0]: reward}  # a path that is given twice is loaded once
     for path in args.reward:
         rewards[path] = rewards.get(path) or weights.load(path, "prt", is_text, dtype, args.source)
-    base = load_base(args.base, info, dtype, device)
+    base = weights.load_base(args.base, info, dtype, device)
     tuned_source = args.tuned_source and weights.load(args.tuned_source, "ft", is_text, dtype, name)
     tuned_base = args.tuned_base and weights.load(args.tuned_base, "ft", is_text, dtype, args.base)
     try:
-        source = base if name == args.base else load_base(name, info, dtype, device)
+        source = base if name == args.base else weights.load_base(name, info, dtype, device)
     except OSError as error:
         if args.source or args.tuned_source:
             raise
@@ -178,19 +178,6 @@ def load_models(args, device):
     for model in models.given():
         model.to(device)
     return models
-
-
-def load_base(name, info, dtype, device):
-    """Returns a base for a reward, of which `info` is the metadata; for images, as a zero-shot classifier.
-
-    device: where the text tower of that runs.
-    """
-    model = weights.load(name, "base", info["kind"] == "gpt", dtype)
-    if info["kind"] == "gpt":
-        return model
-    from data import images
-    from models.clip import classifier
-    return classifier(model, images.prompts(info["classes"], info["templates"]), device)
 
 
 class Row(NamedTuple):

@@ -111,7 +111,7 @@ def train(args, device, state):
     flags.check_warmup(args, steps)
     if device.type == "cuda":
         from models import memory
-        accum, chunk = memory.choose(args, max(lengths) - 1, model, source, device)
+        accum, chunk = memory.choose(args, max(lengths) - 1, model, None if args.lora else source, device)
     else:
         each, chunk = args.batch // runs.world_size(), args.chunk or 512
         accum = args.accum or each // max(n for n in range(1, 9) if each % n == 0)

@@ -5,14 +5,11 @@ A [rank, inputs] and B [outputs, rank] are trained, and only they are in the fil
 both models: with the factors on the reward model, with the factors off the source (`Source`), and a frozen
 weight is in memory once. Embeddings, norms, biases, and convolutions are the source's.
 """
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models import gpt, weights
-
 
 FACTORS = (".A", ".B")  # ends of their names
 
@@ -28,8 +25,8 @@ class LowRank(nn.Module):
         super().__init__()
         self.weight, self.bias, self.replace, self.on = weight, bias, replace, True
         outputs, inputs = weight.shape
-        scale = gpt.HEAD_STD * rank**-0.5 if replace else 0.0  # 0: training starts at W x
         self.A = nn.Parameter(torch.randn(rank, inputs, generator=random) * inputs**-0.5)
+        scale = gpt.HEAD_STD * rank**-0.5 if replace else 0.0  # 0: training starts at W x
         self.B = nn.Parameter(torch.randn(outputs, rank, generator=random) * scale)
 
     def forward(self, x):
@@ -58,26 +55,22 @@ class Source(nn.Module):
         return (p for p in self.tree[0].parameters() if not p.requires_grad)
 
     def forward(self, *inputs):
-        with off(self.tree[0]):
-            return self.tree[0](*inputs)
+        return self.off(self.tree[0], *inputs)
 
     def head(self, features):
         """Maps features [..., D] to logits; for text."""
-        with off(self.tree[0]):
-            return self.tree[0].head(features)
+        return self.off(self.tree[0].head, features)
 
-
-@contextlib.contextmanager
-def off(model):
-    """Runs the with block with the factors of a model off."""
-    layers = [module for module in model.modules() if isinstance(module, LowRank)]
-    for layer in layers:
-        layer.on = False
-    try:
-        yield
-    finally:
+    def off(self, function, *inputs):
+        """Returns function(*inputs), computed with the factors off."""
+        layers = [module for module in self.tree[0].modules() if isinstance(module, LowRank)]
         for layer in layers:
-            layer.on = True
+            layer.on = False
+        try:
+            return function(*inputs)
+        finally:
+            for layer in layers:
+                layer.on = True
 
 
 def convert(model, rank, new_head, seed=0):
@@ -90,14 +83,13 @@ def convert(model, rank, new_head, seed=0):
     model.requires_grad_(False)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if new_head:
-        linear["lm_head"] = model.lm_head or model.embed_tokens
+        model.lm_head = linear["lm_head"] = model.lm_head or model.embed_tokens
     if not linear or min(min(module.weight.shape) for module in linear.values()) < rank:
         raise ValueError(f"--lora {rank}: larger than a layer of this model, or there is no linear layer")
     for name, module in sorted(linear.items()):
         bias = getattr(module, "bias", None)  # an embedding has none
         layer = LowRank(module.weight, bias, rank, new_head and name == "lm_head", random)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        model.set_submodule(name, layer)
 
 
 def start(args, model, info):
@@ -112,7 +104,8 @@ def start(args, model, info):
 
 def packed(state):
     """Returns the factors in the state of a model, in one tensor: a tensor each would double a small file."""
-    return dict(factors=torch.cat([state[name].flatten() for name in sorted(state) if name.endswith(FACTORS)]))
+    factors = [x.flatten() for name, x in sorted(state.items()) if name.endswith(FACTORS)]
+    return dict(factors=torch.cat(factors))
 
 
 def load(info, dtype, source):
@@ -122,9 +115,10 @@ def load(info, dtype, source):
     they are merged, in float32. Raises ValueError if the source's weights are not those of the training.
     """
     apart = dtype == torch.bfloat16 and info["kind"] == "gpt"
-    model = weights.source_of(info, source, dtype if apart else torch.float32)
+    name = source or info["source"]
+    model = weights.load_base(name, info, dtype if apart else torch.float32)
     if weights.fingerprint(model) != info["source_sha256"]:
-        raise ValueError(f"it changes other weights than those of {source or info['source']} (or --source)")
+        raise ValueError(f"it changes other weights than those of {name}, its --source")
     convert(model, **info["lora"])
     factors = [p for name, p in sorted(model.named_parameters()) if name.endswith(FACTORS)]
     sizes, found = [p.numel() for p in factors], info["model"]["factors"]
@@ -136,8 +130,7 @@ def load(info, dtype, source):
         if apart and layer.replace:
             layer.weight = None  # another model's, if it is not the embedding
         if not apart:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.merged())
+            model.set_submodule(name, layer.merged())
     if info["lora"]["new_head"]:
         model.arch["tied"] = False
     model.info = {k: v for k, v in info.items() if k != "model"}

@@ -29,7 +29,7 @@ def load(info, dtype, source):
 
     Raises OSError that names --source if the weights that it masks are not found.
     """
-    masked = weights.source_of(info, source) if info["ticket"]["kind"] == "base" else None
+    masked = weights.load_base(source or info["source"], info) if info["ticket"]["kind"] == "base" else None
     return weights.build(info, info["arch"], unpack(info, masked), dtype)
 
 

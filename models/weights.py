@@ -72,14 +72,17 @@ def from_file(path, role, dtype, source):
     check_checkpoint(content)
     if "optimizer" in content:
         raise ValueError(f"an unfinished run, of {content['step']} steps so far: continue it with --resume")
-    if "ticket" in content:
+    if "ticket" in content or "lora" in content:
         if role == "base":
-            raise ValueError("a ticket, which is no base")
-        from models import ticket_files  # an optional file
-        return ticket_files.load(content, dtype, source)
-    if "lora" in content:
-        from models import lora  # an optional file
-        return lora.load(content, dtype, source)
+            raise ValueError("a reward in a small file, which is no base")
+        if "ticket" in content:
+            from models import ticket_files as room  # an optional file
+        else:
+            from models import lora as room
+        try:
+            return room.load(content, dtype, source)
+        except OSError as error:
+            raise OSError(f"{error}; the file changes these weights: name them with --source") from None
     if not all(x.isfinite().all() for x in content["model"].values()):
         raise ValueError("a weight is nan or infinite")
     info = {k: v for k, v in content.items() if k != "model"}
@@ -103,22 +106,17 @@ def check_checkpoint(content):
     network_module(content).check_arch(content["arch"])
 
 
-def source_of(info, source=None, dtype=torch.float32):
-    """Returns the source of a reward whose file needs it; for images, as a zero-shot classifier.
+def load_base(name, info, dtype=torch.float32, device=None):
+    """Returns a base for a reward, of which `info` is the metadata; for images, as a zero-shot classifier.
 
-    info: the reward's checkpoint. source: another path than is stored there, or None. Raises OSError that
-    names --source if it is not found.
+    device: where the text tower of that runs.
     """
-    is_text = info["kind"] == "gpt"
-    try:
-        model = load(source or info["source"], "base", text=is_text, dtype=dtype)
-    except OSError as error:
-        raise OSError(f"{error}; the reward's file changes these weights: name them with --source") from None
-    if is_text:
+    model = load(name, "base", info["kind"] == "gpt", dtype)
+    if info["kind"] == "gpt":
         return model
     from data import images
     from models.clip import classifier
-    return classifier(model, images.prompts(info["classes"], info["templates"]))
+    return classifier(model, images.prompts(info["classes"], info["templates"]), device)
 
 
 def build(info, arch, tensors, dtype=torch.float32):

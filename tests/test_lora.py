@@ -178,11 +178,10 @@ from models.gpt import Block
 import models.lora
 forward, most = models.lora.LowRank.forward, [0]
 def measured(layer, x):
-    # All dense weights in memory, at a time when a block is gathered.
-    found = {{}}
+    found = {{}}  # what is frozen and in memory, at a time when a block is gathered
     for y in gc.get_objects():
         if issubclass(type(y), torch.Tensor) and type(y).__name__ != "DTensor" and not y.is_meta:
-            if y.untyped_storage().nbytes() > 10_000:
+            if not y.requires_grad and y.untyped_storage().nbytes() > 10_000:
                 found[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
     most[0] = max(most[0], sum(found.values()))
     return forward(layer, x)
@@ -231,7 +230,7 @@ def test_eval_adds_the_reward_of_a_small_file(tuned, table):
     (dict(lora=dict(rank=10**9, new_head=False)), "--lora 1000000000: larger than a layer"),
     (dict(lora=dict(rank=4, new_head=True)), "factors have shape"),
     (dict(source_sha256="0"), "other weights than those of"), (dict(source_sha256=None), "source_sha256"),
-    (dict(source="nosuch.pt"), "nosuch.pt.*name them with --source")])
+    (dict(source="nosuch.pt"), "nosuch.pt.*these weights: name them with --source")])
 def test_a_damaged_file_or_another_source_is_refused(tuned, change, message):
     content = read(tuned("x"))
     torch.save(content | change, path := "damaged-lora.pt")

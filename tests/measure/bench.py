@@ -538,9 +538,9 @@ def step_times(args, device, **options):
 
 def expected_memory(args, accum, chunk):
     """Returns the bytes that models/memory.py counts for a step of a text reward, in one process."""
-    model, n = text_model(args.text, torch.device("meta")), args.texts // accum * args.length
-    tokens = n * memory.bytes_per_token(model.arch, recompute=False)
-    return tokens + memory.without_tokens(model, model, accum, min(n, chunk))
+    model, source = (text_model(args.text, torch.device("meta")) for _ in range(2))
+    tokens = args.texts // accum * args.length
+    return sum(memory.needs(model, source.requires_grad_(False), tokens, accum, chunk, False).values())
 
 
 def text_step(args, device):
