@@ -38,7 +38,7 @@ def parse(argv=None):
     run.add_argument("--reward-init", choices=("copy", "random"), help="start the reward from a copy of "
                      "--source, or from random weights (default: copy)")
     recipe.add_argument("--augment", action="store_true", help="random crops and flips")
-    return flags.resolve(p, flags.parsed(p, argv), RECIPES, no_pretraining=["source"])
+    return flags.resolve(p, flags.parsed(p, argv), RECIPES, no_pretraining=[])
 
 
 def main():

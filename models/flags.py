@@ -33,7 +33,7 @@ def training(doc, recipes, warmup):
     run.add_argument("--source", help="checkpoint, folder, or Hub id of the frozen model that the reward is "
                      f"trained on {default('source')}")
     run.add_argument("--method", choices=("prt", "ft", "pretrain"),
-                     help="train a reward, a fine-tuned model, or a base from scratch (default: prt)")
+                     help="train a reward, a fine-tuned model, or a base, new or --source (default: prt)")
     run.add_argument("--out", help="checkpoint to write (default: out/DATA-METHOD.pt); a folder if none of "
                      "--data, --source, and --method is given (default: out/DATA-SEED)")
     run.add_argument("--resume", action="store_true", help="continue the unfinished run in --out")

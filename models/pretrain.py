@@ -1,4 +1,4 @@
-"""Bases from scratch (--method pretrain): a CLIP from captioned images, a GPT from text."""
+"""Bases (--method pretrain), from scratch or from --source: a CLIP from captioned images, a GPT from text."""
 from pathlib import Path
 
 import torch
@@ -18,13 +18,14 @@ TOKENIZER = Path(__file__).parents[1] / "data" / "tokenizer.json"
 
 
 def clip(args, device, state):
-    """Trains a CLIP from scratch; its contrastive loss compares the images and texts of a micro-batch.
+    """Trains a CLIP, a new one or that of --source, on images and their captions.
 
-    state: the checkpoint to continue from, or None.
+    The contrastive loss compares the images and texts of a micro-batch. state: the checkpoint to continue
+    from, or None. Raises ValueError if the captions exceed the vocabulary or the context of --source.
     """
     from data import images
     from models.clip import CLIP, classifier, resize
-    model = CLIP(CLIPS[args.size])
+    model = weights.load(args.source, "base", text=False) if args.source else CLIP(CLIPS[args.size])
     size = model.arch["image_size"]
     data = images.load(args.data, "captioned" if args.data == "shapes" else "train", size)
     test = images.load(args.data, "test", size)
@@ -33,6 +34,10 @@ def clip(args, device, state):
     weights.check_same(args, state, info)
     indices = runs.batches(len(data.labels), args.hold_out, args.batch, args.seed)
     pixels, captions = runs.move_if_it_fits(data.images, device), caption_tokens(data).to(device)  # [N, P, T]
+    have, need = (model.arch["vocab"], model.arch["context"]), (int(captions.max()) + 1, captions.shape[-1])
+    if need[0] > have[0] or need[1] > have[1]:
+        raise ValueError(f"--source {args.source}: the captions need (vocabulary, positions) {need}, but it "
+                         f"has {have}")
 
     def fetch(i, generator):
         chosen = torch.randint(captions.shape[1], (len(i),), generator=generator)  # one caption per image

@@ -4,7 +4,18 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from conftest import PRETRAIN, SCRIPTS, TRAIN, TUNE_LM, assert_refused, call, contents, interrupted, one_line
+from conftest import (
+    FIXTURES,
+    PRETRAIN,
+    SCRIPTS,
+    TRAIN,
+    TUNE_LM,
+    assert_refused,
+    call,
+    contents,
+    interrupted,
+    one_line,
+)
 
 import eval as eval_script
 import train_lm
@@ -71,6 +82,9 @@ TUNE = " ".join(TUNE_LM) + " --steps 2 --length 64 --out {out}/x.pt "
 # The names for text are in {text[...]}, those for images in braces alone.
 CASES = {
     "size of no pretraining": (TRAIN + "--size tiny", "--size has no effect here"),
+    "size of a source to pretrain": (TRAIN + "--method pretrain --size tiny", "--size has no effect here"),
+    "captions that a source cannot read": (TRAIN + f"--method pretrain --source {FIXTURES / 'openclip_vit'}",
+                                           "--source", "openclip_vit", "(49408, ", "(512, 77)"),
     "size of the run without flags": ("train_lm.py --size large", "--size has no effect here"),
     "unknown data": (TRAIN + "--data shapez", "--data shapez", "cifar100"),
     "no such source": (TRAIN + "--source {none}/base.pt", "{none}/base.pt"),

@@ -134,3 +134,14 @@ def test_a_flag_changes_the_trained_weights(paths, flags):
     assert call(*TRAIN.format(**paths).split(), *flags.split()) == 0
     assert not same(paths["out"] / "x.pt", paths["reward"])
     assert not same(paths["old"], paths["new"], atol=1e-2)  # pretrained with different seeds
+
+
+def test_pretraining_goes_on_from_a_source(paths, tmp_path):
+    """Catches: --source is ignored, the architecture is that of --size, or --resume starts at the source."""
+    command = [*TRAIN.format(**paths).split(), "--method", "pretrain", "--out"]
+    still, whole, half = (tmp_path / f"{name}.pt" for name in ("still", "whole", "half"))
+    assert call(*command, still, "--lr", 1e-9) == 0 and call(*command, whole) == 0
+    assert same(still, paths["old"], atol=1e-7) and not same(whole, paths["old"], atol=1e-4)
+    assert read(still)["arch"] == read(paths["old"])["arch"] != CLIPS["small"]
+    interrupted(*command, half)
+    assert call(*command, half, "--resume") == 0 and same(whole, half)
