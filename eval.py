@@ -47,7 +47,8 @@ def parse(argv=None):
     models.add_argument("--reward", nargs="+", help="reward checkpoints; several are added up")
     models.add_argument("--base", help="base to add the reward to: checkpoint, folder, or Hub id")
     models.add_argument("--source", help="what the reward was trained on (default: as stored in it)")
-    models.add_argument("--tuned-source", help="fine-tuned source (--method ft): adds a row for EFT")
+    models.add_argument("--tuned-source", help="fine-tuned source (--method ft): adds a row for EFT, and "
+                        "one for the change of its weights, if all of the base's have the same shapes")
     models.add_argument("--tuned-base", help="fine-tuned base (--method ft): adds a row for it")
     models.add_argument("--beta", nargs="+", type=beta, help="divides the reward: smaller adds more; one row "
                         "each (default: that of training); auto: the best on held-out training data")
@@ -143,6 +144,7 @@ class Models(NamedTuple):
     source: Any
     tuned_source: Any
     tuned_base: Any
+    edited: Any = None  # the base with the weights base + (tuned source - source)
 
     def given(self):
         """Returns the list of all models that are not None."""
@@ -172,7 +174,11 @@ def load_models(args, device):
     for path, model, start, weights_now in tuned:
         if model and weights_now and model.info.get("source_sha256") != weights.fingerprint(weights_now):
             print(f"note: {path} was tuned from {model.info['source']}; {start} has other weights")
-    models = Models([rewards[path] for path in args.reward], base, source, tuned_source, tuned_base)
+    edited = None
+    if tuned_source:
+        from models import task_vectors  # an optional file
+        edited = task_vectors.edit(base, source, tuned_source, [args.base, name, args.tuned_source])
+    models = Models([rewards[path] for path in args.reward], base, source, tuned_source, tuned_base, edited)
     need = sum(p.nbytes for model in {*models.given()} for p in model.parameters() if p.device != device)
     runs.check_memory(need, device, REMEDY)
     for model in models.given():
@@ -193,7 +199,7 @@ class Row(NamedTuple):
 
 def plan(args, models, quality):
     """Returns the rows of the table; quality: function from a Row to its score on held-out data."""
-    rewards, base, source, tuned_source, tuned_base = models
+    rewards, base, source, tuned_source, tuned_base, edited = models
 
     def at_betas(method, terms, source=None):
         for beta in args.beta or [None]:
@@ -217,6 +223,8 @@ def plan(args, models, quality):
         trained = tuned_source.info["beta"]
         rows.append(Row("source fine-tuned", None, tuned_source, [], source))
         rows += at_betas("base + EFT", [(trained, 1, tuned_source), (trained, -1, source)])
+    if edited:
+        rows.append(Row("base + (tuned source - source) weights", None, edited, [], base))
     if tuned_base:
         rows.append(Row("base fine-tuned", None, tuned_base, [], base))
     return rows
@@ -269,9 +277,11 @@ def trained_models(args, models):
 
 
 def file_bytes(args, models):
-    """Returns model -> bytes of its file, for all but the bases; {} unless the files mix kinds."""
+    """Returns model -> bytes of what a base needs for its rows, its file; {} unless the files mix kinds."""
     sizes = {model: os.path.getsize(path) for path, model in trained_models(args, models)}
     kinds = {model.info.get("ticket", {}).get("kind") for model in sizes}
+    if models.edited:
+        sizes[models.edited] = sizes[models.tuned_source]
     return sizes if len(kinds) > 1 else {}
 
 
