@@ -2,16 +2,22 @@
 
 python tests/measure/figures.py bytes table.json data/bytes.png
 python tests/measure/figures.py answer out/arithmetic-0 "Eva has 4 bags of 12 eggs each. How many?" x.png
+python tests/measure/figures.py generations out/generations/table.json data/generations.png
 
 The first draws accuracy over bytes, from a table of eval.py --json with rewards of several kinds, so that it
-has their bytes. The second draws what eval.py --prompt prints in a terminal, with its colors.
+has their bytes. The second draws what eval.py --prompt prints in a terminal, with its colors. The third draws
+accuracy over the bases of generations.py, from one or more tables of it: means over the seeds, in bands from
+the lowest to the highest; below them, the seconds of training that each base needs.
 """
 import contextlib
 import io
+import itertools
 import json
 import math
 import re
+import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
 from unittest import mock
 
@@ -28,6 +34,29 @@ NAMES = {"alone": "new base alone", "reward": "PRT", "ticket_base": "ticket on t
          "ticket_random": "random ticket", "fine-tuned": "new base fine-tuned"}
 
 
+def axes(pen, font, box, ticks, gap=6):
+    """Draws the axes of accuracy, and returns the function that places (x, accuracy) on the sheet.
+
+    box: left, top, right, and bottom. ticks: x -> name below it; the first and the last x are at the ends.
+    gap: between the left axis and its percentages.
+    """
+    left, top, right, bottom = box
+    first, *_, last = ticks
+
+    def place(x, accuracy):
+        return left + (x - first) / (last - first) * (right - left), bottom - accuracy * (bottom - top)
+
+    for percent in range(0, 101, 20):
+        _, y = place(first, percent / 100)
+        pen.line((left, y, right, y), GRAY)
+        pen.text((left - gap, y), f"{percent}%", "black", font, "rm")
+    for tick, name in ticks.items():
+        x, _ = place(tick, 0)
+        pen.line((x, top, x, bottom), GRAY)
+        pen.text((x, bottom + 8), name, "black", font, "ma")
+    return place
+
+
 def chart(lines, ticks, width=660, height=400, margin=50):
     """Returns a picture of accuracy over bytes, which are on a logarithmic scale.
 
@@ -36,22 +65,10 @@ def chart(lines, ticks, width=660, height=400, margin=50):
     """
     sheet = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-
-    def place(size, accuracy):
-        x = (math.log10(max(size, 10 ** ticks[0])) - ticks[0]) / (ticks[-1] - ticks[0])
-        return margin + x * (width - 2 * margin), height - margin - accuracy * (height - 2 * margin)
-
-    for percent in range(0, 101, 20):
-        x, y = place(0, percent / 100)
-        pen.line((x, y, width - margin, y), GRAY)
-        pen.text((x - 6, y), f"{percent}%", "black", font, "rm")
-    for exponent in ticks:
-        x, y = place(10**exponent, 0)
-        pen.line((x, margin, x, y), GRAY)
-        name = f"{10**(exponent % 3)} {('bytes', 'KB', 'MB')[exponent // 3]}"
-        pen.text((x, y + 8), name, "black", font, "ma")
+    names = {exponent: f"{10**(exponent % 3)} {('bytes', 'KB', 'MB')[exponent // 3]}" for exponent in ticks}
+    place = axes(pen, font, (margin, margin, width - margin, height - margin), names)
     for i, (name, color, points, labels) in enumerate(lines):
-        places = [place(*point) for point in points]
+        places = [place(math.log10(max(size, 10 ** ticks[0])), accuracy) for size, accuracy in points]
         if name:
             pen.line(places, color, 2)
             pen.text((margin + 10, margin + 18 * i), name, color, font)
@@ -77,6 +94,80 @@ def draw_bytes(table, path):
             count = f"{models} models" if models > 1 else "1 model"
             labels.append(f"{NAMES.get(name, name)}\n{row['top1']:.1%}, {count}")
     save(chart([("", BLUE, points, labels)], range(3, 8)), path)
+
+
+# Row of generations.py's table -> its label, color, and corners of its marks (None: a circle). People who are
+# color-blind can tell these colors apart.
+LINES = {"base alone": ("base alone", "#777777", None), "base + EFT": ("+ EFT", "#dd6600", 3),
+         "base fine-tuned": ("tuned anew", "#222222", 4), "base + reward (PRT)": ("+ reward", BLUE, None)}
+PANELS = dict(shapes="Pictures: accuracy", arithmetic="Text: right answers")
+
+
+def draw_generations(tables, path):
+    """Draws a panel for each world of generations.py, twice as large as it is meant to be shown.
+
+    tables: the files that generations.py wrote.
+    """
+    results = [result for table in tables for result in json.loads(Path(table).read_text())]
+    sheet = Image.new("RGB", (1600, 680), "white")
+    pen, font = ImageDraw.Draw(sheet, "RGBA"), ImageFont.load_default(26)
+    for world, left in dict(shapes=210, arithmetic=970).items():
+        rows = defaultdict(list)  # row -> for each generation, (mean, lowest, highest) over the seeds
+        for seeds in zip(*(result["generations"] for result in results if result["world"] == world)):
+            for row in seeds[0]:
+                values = [numbers[row] for numbers in seeds]
+                rows[row].append((statistics.mean(values), min(values), max(values)))
+        draw_panel(pen, font, PANELS[world], rows, (left, 60, left + 450, 490))
+    save(sheet, path)
+
+
+def draw_panel(pen, font, title, rows, box):
+    """Draws four lines over the generations, and below them the seconds of training that each one needs.
+
+    rows: as in `draw_generations`. box: as in `axes`.
+    """
+    left, top, right, bottom = box
+    numbers = range(1, len(rows["base alone"]) + 1)
+    place = axes(pen, font, box, {i: str(i) for i in numbers}, gap=18)
+    pen.text((left, top - 16), title, "black", font, "ls")
+    ends, places = {}, {}
+    for row, (_, color, _) in LINES.items():
+        places[row], *band = ([place(*point) for point in zip(numbers, line)] for line in zip(*rows[row]))
+        lowest, highest = band
+        pen.polygon([*lowest, *reversed(highest)], f"{color}33")
+    for row, (label, color, corners) in LINES.items():
+        means = places[row]
+        pen.line(means, color, 5)
+        for x, y in means:
+            if corners:
+                pen.regular_polygon((x, y, 12), corners, fill=color)
+            else:
+                pen.circle((x, y), 9, color)
+        ends[label, color] = means[-1][1]
+    for (label, color), y in apart(ends, 30).items():
+        pen.text((right + 18, y), label, color, font, "lm")
+
+    cells = {"generation": ("black", []),
+             "parameters": ("black", [f"{x:.0f}K" for x, *_ in rows["thousand parameters"]])}
+    for row, line in {"fine-tuning, s": "base fine-tuned", "reward, s": "base + reward (PRT)"}.items():
+        label, color, _ = LINES[line]
+        cells[label] = color, [f"{x:.0f} s" for x, *_ in rows[row]]
+    for i, (name, (color, words)) in enumerate(cells.items()):
+        y = bottom + 8 + 40 * i
+        pen.text((left - 55, y), name, color, font, "ra")
+        for number, word in zip(numbers, words):
+            pen.text((place(number, 0)[0], y), word, color, font, "ma")
+
+
+def apart(heights, gap):
+    """Returns heights, by name, moved so that they are a gap or more from each other, in the same order."""
+    heights, order = dict(heights), sorted(heights, key=heights.get)
+    for _ in range(20):  # moving two apart may bring them closer to others
+        for above, below in itertools.pairwise(order):
+            lack = max(0, gap - heights[below] + heights[above]) / 2
+            heights[above] -= lack
+            heights[below] += lack
+    return heights
 
 
 class Terminal(io.StringIO):
@@ -123,12 +214,15 @@ def save(sheet, path):
 def main():
     p = flags.parser(__doc__)
     pictures = p.add_subparsers(dest="picture", required=True)
-    for name, words in dict(bytes=("table", "path"), answer=("run", "prompt", "path")).items():
+    commands = dict(bytes=["table"], answer=["run", "prompt"], generations=["tables"])
+    for name, words in commands.items():
         picture = pictures.add_parser(name)
         for word in words:
-            picture.add_argument(word)
+            picture.add_argument(word, nargs="+" if word == "tables" else None)
+        picture.add_argument("path")
     arguments = vars(p.parse_args())
-    dict(bytes=draw_bytes, answer=draw_answer)[arguments.pop("picture")](**arguments)
+    draw = dict(bytes=draw_bytes, answer=draw_answer, generations=draw_generations)
+    draw[arguments.pop("picture")](**arguments)
 
 
 if __name__ == "__main__":
