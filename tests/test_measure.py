@@ -4,21 +4,22 @@ import sys
 from types import SimpleNamespace
 
 import calibration
+import generations
 import pytest
 import real_weights
 import stories
 import tickets
 import torch
-from conftest import FIXTURES, ROOT, call, call_main, output, write_webdataset
+from conftest import FIXTURES, ROOT, call, call_main, output, read, write_webdataset
 from torch import nn
 
-from data import text
+from data import arithmetic, text
 
 TOM = 'Once there was a boy named Tom. Tom had his hat. "He is Tom," said a bird. He saw him. He ran.'
 
 
-@pytest.mark.parametrize("name", ["bench", "calibration", "figures", "gpu", "loading", "real_weights",
-                                  "stories", "tickets"])
+@pytest.mark.parametrize("name", ["bench", "calibration", "figures", "generations", "gpu", "loading",
+                                  "real_weights", "stories", "tickets"])
 def test_a_program_starts(name, tmp_path):
     file = f"tests/measure/{name}.py"
     assert f"python {file}" in output(ROOT / file, "--help", cwd=tmp_path)
@@ -96,6 +97,32 @@ def test_stories_are_put_into_the_first_person_and_counted(tmp_path, capsys):
     assert call_main(stories.main, "stories.py", "count", folder, "--reward", paths[0], "--base", base,
                      "--tuned-source", paths[1]) == 0
     assert "\nnew + reward (PRT) " in capsys.readouterr().out
+
+
+def test_one_reward_is_measured_on_five_bases(in_shapes, tmp_path, monkeypatch):
+    """Catches: A later base gets a reward of its own, or the old text, or a rerun trains again."""
+    monkeypatch.setattr(arithmetic, "COUNTS", dict(old=1000, new=1000, train=64, test=20))
+    monkeypatch.setattr(tickets, "call", call)  # eval.py in this process, where there are few problems
+    for _, script, *_ in generations.WORLDS.values():
+        monkeypatch.setattr(script, "parse", lambda words, parse=script.parse: parse(
+            [*words, "--steps", "1", "--batch", "8", "--warmup", "0"]))
+    assert call_main(generations.main, "generations.py", "--out", tmp_path) == 0
+    for result in json.loads((tmp_path / "table.json").read_text()):
+        folder = tmp_path / f"{result['world']}-0"
+        found = {path.stem: read(path) for path in folder.glob("*.pt")}
+        monkeypatch.setattr(generations.WORLDS[result["world"]][1], "train", None)
+        assert generations.train(result["world"], 0, folder) == result["seconds"]
+        with pytest.raises(ValueError, match="other flags"):
+            generations.train(result["world"], 1, folder)
+        sources = {name: x["source"].rpartition("/")[2] for name, x in found.items() if "source" in x}
+        assert sources == dict(reward="base1.pt", tuned_source="base1.pt") | {
+            f"tuned_base{i}": f"base{i}.pt" for i in range(1, 6)}
+        old, *later = (found[f"base{i}"]["data"] for i in range(1, 6))
+        assert set(later) == {"arithmetic-new" if old == "arithmetic-old" else "shapes"}
+        sizes = [x["thousand parameters"] for x in result["generations"]]
+        assert sizes == sorted({*sizes}) and len(sizes) == 5
+        assert {*generations.figures.LINES} <= {*result["generations"][4]}
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_randomly_pruned_weights_are_never_locked():
