@@ -279,7 +279,7 @@ def trained_models(args, models):
 def file_bytes(args, models):
     """Returns model -> bytes of what a base needs for its rows, its file; {} unless the files mix kinds."""
     sizes = {model: os.path.getsize(path) for path, model in trained_models(args, models)}
-    kinds = {model.info.get("ticket", {}).get("kind") for model in sizes}
+    kinds = {"lora" if "lora" in model.info else model.info.get("ticket", {}).get("kind") for model in sizes}
     if models.edited:
         sizes[models.edited] = sizes[models.tuned_source]
     return sizes if len(kinds) > 1 else {}

@@ -34,8 +34,8 @@ def accuracies(folder, steps, rate, data):
     runs_of = dict(reward=("old", "prt"), tuned_source=("old", "ft"), tuned_base=("new", "ft"))
     with tempfile.TemporaryDirectory() as place:
         for name, (base, method) in runs_of.items():
-            flags = ["--data", "shapes", "--source", f"{folder}/{base}.pt", "--method", method, "--steps", str(steps),
-                     "--lr", rate, "--hold-out", str(SHARE), "--out", f"{place}/{name}.pt"]
+            flags = ["--data", "shapes", "--source", f"{folder}/{base}.pt", "--method", method, "--lr", rate,
+                     "--steps", str(steps), "--hold-out", str(SHARE), "--out", f"{place}/{name}.pt"]
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 train_vision.train(train_vision.parse(flags), torch.device("cpu"), None)
             logits[name] = scores.predict(weights.load(f"{place}/{name}.pt"), data.images[held_out])
