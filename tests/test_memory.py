@@ -159,7 +159,7 @@ def test_the_sum_is_within_a_tenth_of_the_measured_peak(monkeypatch, rank, accum
 
 @pytest.mark.parametrize("name, longest, options, cells", TABLE)
 def test_the_table_of_memory_has_what_is_chosen(gpu, monkeypatch, name, longest, options, cells):
-    assert len(TABLE) == 14
+    assert len(TABLE) == 18
     args = train_lm.parse(["--data", "gsm8k", *options.split()])
     model, source = on_meta(ARCHS[name]), on_meta(ARCHS[name]).requires_grad_(False)
     if args.lora:

@@ -170,6 +170,21 @@ def test_a_run_scores_on_the_test_split_what_eval_scores(tmp_path, capsys, table
     assert rows["source fine-tuned"] == rows["base + EFT"] != rows["base + reward (PRT)"]
 
 
+def test_a_new_output_matrix_replaces_the_one_of_the_source_and_nothing_else(tmp_path):
+    """Catches: The new matrix is the source's or depends on no seed, the body is new, too, or copy is not."""
+    found = {}
+    for init, seed in (("copy", 0), ("head", 0), ("head", 1)):
+        flags = "--reward-init", init, "--seed", seed, "--steps", 1, "--lr", 1e-9, "--out"
+        assert call(*TUNE_LM, *flags, tmp_path / f"{init}{seed}.pt") == 0
+        found[init, seed] = read(tmp_path / f"{init}{seed}.pt")["model"]
+    old = read(OLD)["model"]
+    changed = [[name for name, x in model.items() if not torch.allclose(x, old[name], atol=1e-6)]
+               for model in found.values()]
+    assert changed == [[], ["lm_head.weight"], ["lm_head.weight"]]
+    first, second = (found["head", seed]["lm_head.weight"] for seed in (0, 1))
+    assert not torch.allclose(first, second, atol=0.01) and first.std() * 8 == pytest.approx(0.3, rel=0.02)
+
+
 def test_two_processes_equal_one_which_resumes_their_run(texts, tmp_path):
     # Examples of the same length that have different numbers of targets.
     rows = [dict(prompt=" 3 +" * (20 - n), response=f" {n} x" * n) for n in [1, 19] * 12]
