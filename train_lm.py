@@ -39,8 +39,8 @@ def parse(argv=None):
     run.add_argument("--data", help="arithmetic, gsm8k, a .jsonl, .parquet, or .txt file, or a folder with "
                      "train.* and test.* (default: arithmetic)")
     run.add_argument("--reward-init", help="start the reward as a copy of --source (copy), the same with a "
-                     "new output matrix (head), with random weights (random), or from a model (its path; "
-                     "default: copy)")
+                     "new output matrix (head), with random weights (random), or as a model, by its path "
+                     "(default: copy)")
     run.add_argument("--size", choices=("old", "new", "large"),
                      help="size of the GPT to pretrain (default: new)")
     recipe.add_argument("--epochs", type=flags.positive(float), help="data passes if no --steps (default: 2)")

@@ -70,6 +70,7 @@ def train(args, device, state):
     info = dict(kind="classifier", arch=source.arch, classes=data.classes, templates=data.templates,
                 examples=data.examples, data=args.data, method=args.method, beta=args.beta,
                 source=args.source, source_sha256=weights.fingerprint(source))
+    weights.check_same(args, state, info)
     indices = runs.batches(len(data.labels), args.hold_out, args.batch, args.seed)
     del clip  # and its text tower
 
@@ -82,7 +83,6 @@ def train(args, device, state):
     elif args.lora:
         from models import lora
         source = lora.start(args, model, info)  # the same modules, with what is trained left out
-    weights.check_same(args, state, info)
     if not args.lora:
         runs.place(source, device, frozen, compile=args.compile and args.augment)
     runs.place(model, device, frozen if args.lora else torch.float32, compile=args.compile)

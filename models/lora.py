@@ -30,6 +30,7 @@ class LowRank(nn.Module):
         self.B = nn.Parameter(torch.randn(outputs, rank, generator=random) * scale)
 
     def forward(self, x):
+        """Returns W x, if the factors are off, or else W x + B (A x), or B (A x) alone."""
         if not self.on:
             return F.linear(x, self.weight, self.bias)
         change = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))

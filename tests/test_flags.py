@@ -43,16 +43,17 @@ def test_help_has_the_docstring_and_the_defaults_of_the_flags_in_groups(script, 
             value = eval_script.DEFAULTS[flag]
             assert f"(default: {value:g})" in lines[flag.replace("_", "-")]
         return
-    recipes = [SCRIPTS[script].RECIPES[name] for name in ("prt", "pretrain", "ticket")]
-    for flag in {*recipes[0], *recipes[1], *recipes[2]} - {"size", "epochs"}:
-        shown = re.search(r"\(default: ([^;)]*)(?:; pretrain: ([^;)]*))?(?:; ticket: ([^;)]*))?\)",
-                          lines[flag.replace("_", "-")])
-        for text, recipe in zip((shown[1], shown[2] or shown[1], shown[3] or shown[1]), recipes):
-            value = recipe.get(flag, "none")
+    recipes = SCRIPTS[script].RECIPES
+    assert {*recipes} == {"prt", "ticket", "lora", "pretrain"}
+    for flag in {flag for recipe in recipes.values() for flag in recipe} - {"size", "epochs"}:
+        shown = re.search(r"\(default: ([^;)]*)((?:; \w+: [^;)]*)*)\)", lines[flag.replace("_", "-")])
+        others = dict(re.findall(r"; (\w+): ([^;)]*)", shown[2]))
+        for name, recipe in recipes.items():
+            value, text = recipe.get(flag, "none"), others.get(name, shown[1])
             assert value is None or text in (str(value), str(value or 0)), flag
-    assert f"(default: {recipes[1]['size']})" in lines["size"]
+    assert f"(default: {recipes['pretrain']['size']})" in lines["size"]
     if script == "train_lm.py":
-        assert f"(default: {recipes[0]['epochs']})" in lines["epochs"]
+        assert f"(default: {recipes['prt']['epochs']})" in lines["epochs"]
         assert "(default: 512 on a CPU)" in lines["chunk"]
 
 

@@ -228,7 +228,7 @@ def test_eval_takes_a_ticket_as_any_reward_and_shows_bytes(paths, table, capfd, 
     assert all(row["bytes"] is None for row in table(*command))
     old.rename(tmp_path / "moved.pt")
     capfd.readouterr()
-    one_line(call(*command), capfd.readouterr().err, old, "a ticket is a mask", "--source")
+    one_line(call(*command), capfd.readouterr().err, old, "the file changes these weights", "--source")
     assert call(*command, "--source", tmp_path / "moved.pt") == 0
     one_line(call(*command, "--source", paths["new"]), capfd.readouterr().err, ticket,
              "--source is not the source that it was trained on")
