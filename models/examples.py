@@ -32,9 +32,9 @@ class Example(NamedTuple):
 VISION = Example("shapes", [
     Stage("old", 20, "--method pretrain --size tiny --steps 600 --lr 1e-3"),
     Stage("new", 90, "--method pretrain --size small --steps 1200"),
-    Stage("reward", 8, "--source {folder}/old.pt --steps 300 --lr 3e-4"),
-    Stage("tuned_source", 8, "--source {folder}/old.pt --steps 300 --lr 3e-4 --method ft"),
-    Stage("tuned_base", 20, "--source {folder}/new.pt --steps 300 --lr 3e-4 --method ft")], table_seconds=10)
+    Stage("reward", 20, "--source {folder}/old.pt --steps 900 --lr 3e-3"),
+    Stage("tuned_source", 20, "--source {folder}/old.pt --steps 900 --lr 3e-3 --method ft"),
+    Stage("tuned_base", 50, "--source {folder}/new.pt --steps 900 --lr 3e-3 --method ft")], table_seconds=10)
 # Weight decay removes facts from the reward: those that the base knows get no gradient, and decay.
 TUNE = "--source {folder}/old.pt --steps 900 --batch 64 --accum 1 --lr 3e-3 --weight-decay 1"
 TEXT = Example("arithmetic", [
@@ -42,7 +42,7 @@ TEXT = Example("arithmetic", [
     Stage("new", 120, "--data arithmetic-new --method pretrain --size new --steps 1000"),
     Stage("reward", 30, TUNE),
     Stage("tuned_source", 30, TUNE + " --method ft"),
-    Stage("tuned_base", 20, "--source {folder}/new.pt --steps 300 --batch 64 --accum 1 --lr 1e-3 --method ft")
+    Stage("tuned_base", 20, "--source {folder}/new.pt --steps 300 --batch 64 --accum 1 --lr 3e-4 --method ft")
     ], table_seconds=30)
 
 
