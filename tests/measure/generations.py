@@ -77,7 +77,7 @@ def measure(world, seed, folder):
             "KL(source || base)": table["kl_of_bases"],
             "pretraining, s": seconds[base], "fine-tuning, s": seconds[f"tuned_{base}"],
             "reward, s": seconds["reward"] * once, "tuned source, s": seconds["tuned_source"] * once,
-            **{x["method"]: x[column] for x in table["rows"] if x["method"].startswith("base")}})
+            **{x["method"]: x[column] for x in table["rows"] if x["method"] in figures.LINES}})
     result = dict(world=world, seed=seed, device=table["device"], seconds=seconds, generations=generations)
     show([result])
     return result
