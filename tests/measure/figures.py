@@ -132,18 +132,17 @@ def draw_panel(pen, font, title, rows, box):
     pen.text((left, top - 16), title, "black", font, "ls")
     ends, places = {}, {}
     for row, (_, color, _) in LINES.items():
-        places[row], *band = ([place(*point) for point in zip(numbers, line)] for line in zip(*rows[row]))
-        lowest, highest = band
+        means, lowest, highest = ([place(*point) for point in zip(numbers, line)] for line in zip(*rows[row]))
+        places[row] = means
         pen.polygon([*lowest, *reversed(highest)], f"{color}33")
     for row, (label, color, corners) in LINES.items():
-        means = places[row]
-        pen.line(means, color, 5)
-        for x, y in means:
+        pen.line(places[row], color, 5)
+        for x, y in places[row]:
             if corners:
                 pen.regular_polygon((x, y, 12), corners, fill=color)
             else:
                 pen.circle((x, y), 9, color)
-        ends[label, color] = means[-1][1]
+        ends[label, color] = places[row][-1][1]
     for (label, color), y in apart(ends, 30).items():
         pen.text((right + 18, y), label, color, font, "lm")
 
