@@ -24,7 +24,8 @@ from data import text
 from models import flags, runs, scores, weights
 from models.gpt import new_output_matrix, same_vocabulary
 
-REMEDY = "lower --length or --chunk, raise --accum, add --recompute, or use more GPUs (torchrun)"
+REMEDY = ("lower --length or --chunk, raise --accum, add --recompute, train --lora, or use more GPUs "
+          "(torchrun)")
 # Flag -> default, the paper's recipe. Pretraining and tickets (masks) change some of them.
 PAPER = dict(data="arithmetic", method="prt", source="Qwen/Qwen2.5-0.5B", epochs=2, batch=128, accum=None,
              lr=2e-5, weight_decay=0.0, length=1024, beta=1.0, alpha=0.0, hold_out=0.0, seed=0)

@@ -20,7 +20,7 @@ from data import images
 from models import flags, runs, scores, weights
 from models.clip import classifier, resize
 
-REMEDY = "raise --accum, or use more GPUs (torchrun)"
+REMEDY = "raise --accum, train --lora, or use more GPUs (torchrun)"
 # Flag -> default, the paper's recipe. Pretraining and tickets (masks) change some of them.
 PAPER = dict(data="shapes", method="prt", source="timm/vit_base_patch16_clip_224.laion400m_e32", steps=2000,
              batch=128, accum=1, lr=1e-5, weight_decay=0.0, beta=1.0, alpha=0.0, hold_out=0.0, seed=0)

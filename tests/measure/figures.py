@@ -31,7 +31,8 @@ from models import flags, runs
 GRAY, BLUE = "#dddddd", "#0077bb"
 # What the README calls the rows and files.
 NAMES = {"alone": "new base alone", "reward": "PRT", "ticket_base": "ticket on the old base",
-         "ticket_random": "random ticket", "fine-tuned": "new base fine-tuned"}
+         "ticket_random": "random ticket", "lora_1": "rank 1", "lora_4": "rank 4",
+         "fine-tuned": "new base fine-tuned"}
 
 
 def axes(pen, font, box, ticks, gap=6):
@@ -67,19 +68,35 @@ def chart(lines, ticks, width=660, height=400, margin=50):
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     names = {exponent: f"{10**(exponent % 3)} {('bytes', 'KB', 'MB')[exponent // 3]}" for exponent in ticks}
     place = axes(pen, font, (margin, margin, width - margin, height - margin), names)
+    taken = []
     for i, (name, color, points, labels) in enumerate(lines):
         places = [place(math.log10(max(size, 10 ** ticks[0])), accuracy) for size, accuracy in points]
         if name:
             pen.line(places, color, 2)
             pen.text((margin + 10, margin + 18 * i), name, color, font)
-        for k, ((x, y), label) in enumerate(zip(places, labels or [None] * len(places))):
+        for (x, y), label in sorted(zip(places, labels or [None] * len(places)), key=lambda x: x[0][1]):
             pen.ellipse((x - 4, y - 4, x + 4, y + 4), color)
-            if label:  # every other label above its point, since points may be close to each other
-                above = k % 2 == 1
+            if label:
                 x = max(x, margin + pen.textbbox((0, 0), label, font)[2] / 2 + 4)
-                pen.text((x, y - 9 if above else y + 9), label, color, font, "md" if above else "ma",
-                         align="center")
+                write_free(pen, font, (x, y), label, color, taken)
     return sheet
+
+
+def write_free(pen, font, point, label, color, taken):
+    """Writes a label above its point, or below it, or as much farther as it has to be to cover no other one.
+
+    taken: the boxes of labels so far, to which its own is added.
+    """
+    x, y = point
+    for distance in (-9, 9, -46, 46, -83, 83):
+        options = dict(font=font, anchor="ma" if distance > 0 else "md", align="center")
+        box = pen.textbbox((x, y + distance), label, **options)
+        if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+            break
+    taken.append(box)
+    if abs(distance) > 9:
+        pen.line((x, y, x, y + distance), color)
+    pen.text((x, y + distance), label, color, **options)
 
 
 def draw_bytes(table, path):
