@@ -54,6 +54,11 @@ def test_with_the_factors_off_a_model_is_the_source(name, new_head):
     assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"A", "B"}
     shared = {id(p) for p in model.parameters()} - {id(p) for p in source.parameters()}
     assert shared == {id(p) for p in model.parameters() if p.requires_grad}
+    with torch.no_grad():
+        logits = model(IDS)
+        for name, layer in [(k, x) for k, x in model.named_modules() if isinstance(x, lora.LowRank)]:
+            model.set_submodule(name, layer.merged())
+        assert torch.allclose(model(IDS), logits, atol=1e-4)
 
 
 def test_a_new_output_matrix_takes_nothing_from_the_source_and_has_the_stated_size():
