@@ -26,7 +26,7 @@ from models.gpt import new_output_matrix, same_vocabulary
 
 REMEDY = ("lower --length or --chunk, raise --accum, add --recompute, train --lora, or use more GPUs "
           "(torchrun)")
-# Flag -> default, the paper's recipe. Pretraining and tickets (masks) change some of them.
+# Flag -> default, the paper's recipe. Pretraining and small rewards (masks, low-rank) change some of them.
 PAPER = dict(data="arithmetic", method="prt", source="Qwen/Qwen2.5-0.5B", epochs=2, batch=128, accum=None,
              lr=2e-5, weight_decay=0.0, length=1024, beta=1.0, alpha=0.0, hold_out=0.0, seed=0)
 RECIPES = dict(prt=PAPER, ticket=PAPER | dict(lr=1e-2, keep=0.5, freeze=0.0), lora=PAPER | dict(lr=2e-4),
@@ -84,18 +84,6 @@ def train(args, device, state):
         data = text.encode(examples, tokenizer, end, args.length, args.drop)
         info = dict(method=args.method, beta=args.beta, source=args.source,
                     source_sha256=weights.fingerprint(source))
-    info |= dict(kind="gpt", arch=model.arch, tokenizer=tokenizer.text, template=template, data=args.data,
-                 examples=fingerprint)
-    model.recompute = args.recompute
-    if args.ticket or args.reward_init == "random":
-        from models import tickets
-        tickets.start(args, model, info, state)
-    elif args.lora:
-        from models import lora
-        source = lora.start(args, model, info)  # the same modules, with what is trained left out
-    if args.ticket or args.lora:
-        info["tokenizer"] = tokenizer.hash  # the text may need more bytes than the rest of the file
-    weights.check_same(args, state, info)
     room = min(network.arch["positions"] for network in (model, source) if network)
     lengths = [len(ids) for ids in data.ids]
     if max(lengths) - 1 > room:
@@ -110,6 +98,20 @@ def train(args, device, state):
     indices = text.group_by_length(indices, lengths, args.batch, steps, args.seed)
     few = ": few; raise --epochs, or lower --batch" if steps < 50 and not args.steps else ""
     flags.check_warmup(args, steps)
+
+    # The reward model, which starts as a copy of the source.
+    info |= dict(kind="gpt", arch=model.arch, tokenizer=tokenizer.text, template=template, data=args.data,
+                 examples=fingerprint)
+    model.recompute = args.recompute
+    if args.ticket or args.reward_init == "random":
+        from models import tickets
+        tickets.start(args, model, info, state)
+    elif args.lora:
+        from models import lora
+        source = lora.start(args, model, info)  # the same modules, with what is trained left out
+    if args.ticket or args.lora:
+        info["tokenizer"] = tokenizer.hash  # the text may need more bytes than the rest of the file
+    weights.check_same(args, state, info)
     if device.type == "cuda":
         from models import memory
         accum, chunk = memory.choose(args, max(lengths) - 1, model, None if args.lora else source, device)

@@ -21,7 +21,7 @@ from models import flags, runs, scores, weights
 from models.clip import classifier, resize
 
 REMEDY = "raise --accum, train --lora, or use more GPUs (torchrun)"
-# Flag -> default, the paper's recipe. Pretraining and tickets (masks) change some of them.
+# Flag -> default, the paper's recipe. Pretraining and small rewards (masks, low-rank) change some of them.
 PAPER = dict(data="shapes", method="prt", source="timm/vit_base_patch16_clip_224.laion400m_e32", steps=2000,
              batch=128, accum=1, lr=1e-5, weight_decay=0.0, beta=1.0, alpha=0.0, hold_out=0.0, seed=0)
 RECIPES = dict(prt=PAPER, ticket=PAPER | dict(lr=1e-2, keep=0.5, freeze=0.0), lora=PAPER | dict(lr=1e-4),

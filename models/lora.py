@@ -49,7 +49,7 @@ class Source(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.tree, self.arch = [model], model.arch  # in a list: it is no submodule, whose factors are trained
+        self.tree = [model]  # in a list: it is no submodule, whose factors are trained
 
     def parameters(self):
         """Returns the frozen parameters."""

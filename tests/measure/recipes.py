@@ -7,7 +7,6 @@ and learning rate trains a reward and a tuned source with the old base, and tune
 training pictures (--hold-out 0.2). Chosen is the pair with the highest mean of three accuracies on the other
 20%: base + reward, base + EFT, base fine-tuned. The test pictures are not looked at. Two cores: 7 minutes.
 """
-import argparse
 import contextlib
 import io
 import itertools
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import prt
 import train_vision
 from data import images
-from models import runs, scores, weights
+from models import flags, runs, scores, weights
 from models.clip import classifier
 
 STEPS, RATES, SHARE = (300, 600, 900), ("3e-4", "1e-3", "3e-3"), 0.2
@@ -34,10 +33,11 @@ def accuracies(folder, steps, rate, data):
     runs_of = dict(reward=("old", "prt"), tuned_source=("old", "ft"), tuned_base=("new", "ft"))
     with tempfile.TemporaryDirectory() as place:
         for name, (base, method) in runs_of.items():
-            flags = ["--data", "shapes", "--source", f"{folder}/{base}.pt", "--method", method, "--lr", rate,
-                     "--steps", str(steps), "--hold-out", str(SHARE), "--out", f"{place}/{name}.pt"]
+            options = ["--data", "shapes", "--source", f"{folder}/{base}.pt", "--method", method,
+                       "--lr", rate, "--steps", str(steps), "--hold-out", str(SHARE),
+                       "--out", f"{place}/{name}.pt"]
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                train_vision.train(train_vision.parse(flags), torch.device("cpu"), None)
+                train_vision.train(train_vision.parse(options), torch.device("cpu"), None)
             logits[name] = scores.predict(weights.load(f"{place}/{name}.pt"), data.images[held_out])
     for name in ("old", "new"):
         base = classifier(weights.load(f"{folder}/{name}.pt"), prompts)
@@ -48,7 +48,7 @@ def accuracies(folder, steps, rate, data):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.parser(__doc__)
     p.add_argument("folder")
     folder, data = p.parse_args().folder, images.load("shapes", "train", 32)
     print("| steps | lr | base + reward | base + EFT | base fine-tuned | mean |\n|---|---|---|---|---|---|")
@@ -59,4 +59,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    runs.main(main)

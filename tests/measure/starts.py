@@ -25,7 +25,6 @@ Stories (stories260K, whose output matrix is tied, and its further trained base)
 learning rate, of 5e-4 and 2e-3, is chosen by the NLL of the held-out fifth of the tuning stories with the new
 base and the reward, for one order of batches; then the NLL of the test stories is taken for three others.
 """
-import argparse
 import contextlib
 import io
 import itertools
@@ -46,7 +45,7 @@ import train_lm
 from data import arithmetic, text
 from data.tokenizer import Tokenizer
 from eval import Row
-from models import answers, gpt, runs, scores, weights
+from models import answers, flags, gpt, runs, scores, weights
 
 SIZES, SEEDS, ORDERS, ORDER = (200, 1000, 4000), (0, 1, 2), (11, 12, 13), 10
 BATCH = "--data arithmetic --batch 64 --accum 1"
@@ -87,14 +86,14 @@ def cells(size):
                            steps=steps, seed=0, order=ORDER)
 
 
-def train(cell, source, *flags):
+def train(cell, source, *options):
     """Trains as a cell says, and returns the model."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()), \
             contextlib.redirect_stderr(io.StringIO()), mock.patch.object(gpt, "HEAD_STD", cell["scale"]):
         path = f"{place}/model.pt"
         words = f"--lr {cell['rate']} --steps {cell['steps']} --weight-decay {cell['decay']}".split()
-        words += [*ROWS[cell["row"]][0].split(), "--source", source, "--seed", str(cell["order"]), *flags]
+        words += [*ROWS[cell["row"]][0].split(), "--source", source, "--seed", str(cell["order"]), *options]
         words += ["--out", path]
         train_lm.train(train_lm.parse(words), torch.device("cpu"), None)
         return weights.load(path)
@@ -123,8 +122,8 @@ def run(folder, cell):
 def run_stories(folder, cell):
     """Returns the cell with the NLL of held-out or of test stories, with the new base."""
     data = str(Path(folder, "stories"))
-    flags = ["--data", data, "--length", "512", "--batch", "16", "--accum", "1", "--hold-out", "0.2"]
-    model = train(cell, STORIES, *flags)
+    options = ["--data", data, "--length", "512", "--batch", "16", "--accum", "1", "--hold-out", "0.2"]
+    model = train(cell, STORIES, *options)
     base, source = weights.load(f"{folder}/new.pt"), weights.load(STORIES)
     tokenizer, test = Tokenizer(base.info["tokenizer"], "new.pt"), cell["part"] == "test"
     examples = text.load(data, "test" if test else "train")[1]
@@ -183,11 +182,11 @@ def table(results):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.parser(__doc__)
     p.add_argument("part", choices=("choose", "test", "table", "stories"))
     p.add_argument("folder")
     args = p.parse_args()
-    processes = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+    processes = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))  # they start with the first run
     if args.part == "stories":
         with processes as pool:
             return stories(args.folder, pool)
@@ -209,4 +208,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    runs.main(main)
