@@ -23,11 +23,11 @@ from models import examples, flags, pretrain, runs, weights
 
 # World -> generation -> steps of pretraining, and what is larger than in the first generation.
 GROWN = dict(
-    shapes=dict(base2=(700, dict(width=96, heads=3)), base3=(800, dict(width=128, heads=4)),
-                base4=(900, pretrain.CLIPS["small"]), base5=(1000, dict(width=160, heads=5, layers=3))),
-    arithmetic=dict(base2=(600, dict(width=80, head_width=20, mlp=216)),
-                    base3=(700, dict(width=96, head_width=24, mlp=256)), base4=(800, pretrain.GPTS["new"]),
-                    base5=(900, dict(width=128, head_width=32, mlp=344, layers=3))))
+    shapes=dict(base2=(650, dict(width=80, heads=4)), base3=(700, dict(width=96, heads=3)),
+                base4=(750, dict(width=128, heads=4)), base5=(800, pretrain.CLIPS["small"])),
+    arithmetic=dict(base2=(550, dict(width=72, head_width=18, mlp=192)),
+                    base3=(600, dict(width=80, head_width=20, mlp=216)),
+                    base4=(650, dict(width=96, head_width=24, mlp=256)), base5=(700, pretrain.GPTS["new"])))
 # World -> its example, the script that trains, its sizes, the first one, and for eval.py: column and flags.
 WORLDS = dict(shapes=(examples.VISION, train_vision, pretrain.CLIPS, pretrain.TINY, "top1", []),
               arithmetic=(examples.TEXT, train_lm, pretrain.GPTS, pretrain.OLD, "exact",
