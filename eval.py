@@ -34,8 +34,8 @@ COLUMNS = dict(top1="{:.2%}", form="{:.1%}", exact="{:.1%}", error="{:.1%}", nll
 DECODING = {"batch", "limit", "seed", "speculative", "compile"}
 ANSWERS = DECODING | {"new_tokens", "temperature", "top_p"}
 ACTS = dict(images={"data", "batch", "json", "picture"}, text=ANSWERS | {"data", "json"},
-            prompt=ANSWERS - {"batch", "limit"} | {"prompt"},
-            tasks=DECODING | {"tasks", "apply_chat_template", "json"})
+            prompt=ANSWERS - {"batch", "limit"} | {"prompt", "chat_template"},
+            tasks=DECODING | {"tasks", "chat_template", "json"})
 DEFAULTS = dict(batch=128, temperature=0.0, top_p=1.0, seed=0)
 
 
@@ -55,8 +55,8 @@ def parse(argv=None):
     table.add_argument("--data", help="test data (default: the data set of the reward)")
     table.add_argument("--tasks", nargs="+", help="score on these tasks of lm-evaluation-harness (or .yaml "
                        "files) instead: pip install lm_eval")
-    table.add_argument("--apply-chat-template", action="store_true", help="put the prompts of --tasks into "
-                       "the template of the reward's training data, as --prompt is")
+    table.add_argument("--chat-template", action="store_true", help="put the prompts of --tasks and --prompt "
+                       "into the form of the reward's conversations in training, or else that of --base")
     table.add_argument("--limit", type=flags.positive(int), help="text: only so many examples (of each task)")
     table.add_argument("--batch", type=flags.positive(int), help="batch size (default: 128), or 4 "
                        "with --speculative")
@@ -354,18 +354,32 @@ def text_answers(args, device, models):
     """Prints the table of text, or those of lm_eval's tasks, or the answers to one prompt."""
     from data import text
     from models import answers
-    from models.gpt import same_vocabulary
-    info, end = models.rewards[0].info, models.rewards[0].arch["end"]
-    names = (*args.reward, args.base, args.source, args.tuned_source, args.tuned_base)
-    pairs = zip(names, (*models.rewards, *models[1:]))
-    named = {name or info["source"]: model for name, model in pairs if model}
-    tokenizer, room = same_vocabulary(named), min(model.arch["positions"] for model in models.given())
+    from models.gpt import end_ids, same_vocabulary
+    info, base = models.rewards[0].info, models.base
+    names = (*args.reward, args.base, args.source or info["source"], args.tuned_source, args.tuned_base)
+    pairs = [(name, model) for name, model in zip(names, (*models.rewards, *models[1:])) if model]
+    named = dict(pairs)
+    tokenizer, room = same_vocabulary(named, args.base), min(x.arch["positions"] for x in models.given())
+    for model in models.given():
+        model.size = base.size
+    for name, model in pairs:  # also those of a path that is given twice
+        model.reads = named[name].reads
+    end, reads = models.rewards[0].arch["end"], models.rewards[0].reads
     if end is None:
         raise ValueError(f"{args.reward[0]}: has no end token, so that no answer would end")
-    if models.base.arch["end"] != end:
-        print(f"answers end at id {end}, as in the reward's training, not at {args.base}'s own end token")
-    for model in models.given():  # also those of a path that is given twice
-        model.size = models.base.size
+    if reads is not None and (end >= len(reads) or reads[end] != end):  # it is not a token of the base
+        end = base.arch["end"]
+    chat = info.get("chat")
+    if chat or args.chat_template:
+        from data import chat as chats  # an optional file
+    if args.chat_template and not chat and info["template"] in ("{}", text.GSM8K):  # not of messages
+        chat = chats.read(args.base)
+    if chat and (args.chat_template or not args.tasks):
+        tokenizer = chats.with_special(tokenizer)
+    ends = [*dict.fromkeys([end, *(tokenizer.encode(chat["end"]) if chat else []), *end_ids(base.arch)])]
+    if len(ends) > len(end_ids(base.arch)):
+        print(f"answers end at id {end}, as in the reward's training, and at {args.base}'s own end tokens, "
+              f"{ends[1:]}")
     how = answers.Decoding(args.batch, args.new_tokens, args.temperature, args.top_p, args.seed,
                            args.speculative, args.compile)
     if args.speculative and args.batch > 4:
@@ -373,7 +387,7 @@ def text_answers(args, device, models):
               "drafts, which above 4 is often slower than without --speculative")
     held_out = []
     if "auto" in (args.beta or []):
-        trained, examples = info["args"], text.load(info["data"], "train")[1]
+        trained, examples = info["args"], text.load(info["data"], "train", info.get("chat"))[1]
         share = held_out_share(args, models, dict.fromkeys(models.given(), text.fingerprint(examples)))
         train = text.encode(examples, tokenizer, end, trained.get("length", 1024), trained.get("drop"))
         held_out = text.batches(train, runs.hold_out(len(train.ids), share)[1][:args.limit], how.scored)
@@ -381,36 +395,41 @@ def text_answers(args, device, models):
     if args.prompt is not None:
         text.report_special([[(args.prompt, False)]], tokenizer)
         with files.explain("--prompt", ValueError):
-            prompt = tokenizer.begin + tokenizer.encode(info["template"].replace("{}", args.prompt))
+            asked = info["template"].replace("{}", args.prompt)
+            if chat:
+                asked = chats.render(chat, [dict(role="user", content=args.prompt)], answer=True)
+            prompt = tokenizer.begin + tokenizer.encode(asked)
         if not prompt:
             raise ValueError("--prompt: an empty prompt cannot be continued")
         # Without the rows of the source and of tuned models, which --run sets unasked.
         others = [row.method for row in rows].index("source alone") if models.source else len(rows)
         tilted_rows = [row for row in rows[:others] if row.rewards]
         for row in [rows[0], *tilted_rows]:
-            answer = answers.generate(row, [prompt], how, end, room)[0]
+            answer = answers.generate(row, [prompt], how, ends, room)[0]
             shown = f"{row.method}, beta {row.beta:g}" if len(tilted_rows) > 1 and row.beta else row.method
             print(f"{shown}:{answers.colored(row if row.rewards else rows[1], prompt, answer, tokenizer)}\n")
     elif args.tasks:
-        task_tables(args, device, models, rows, how, tokenizer, end, room)
+        form = args.chat_template and (chat or info["template"])
+        task_tables(args, device, models, rows, how, tokenizer, ends, room, form)
     else:
-        text_table(args, device, models, rows, how, tokenizer, end, room)
+        text_table(args, device, models, rows, how, tokenizer, ends, room)
 
 
-def text_table(args, device, models, rows, how, tokenizer, end, room):
+def text_table(args, device, models, rows, how, tokenizer, ends, room):
     """Prints the table for text: exact match of generated answers, and NLL and KL of reference answers."""
     from data import text
     from models import answers
-    name = args.data or models.rewards[0].info["data"]
+    info = models.rewards[0].info
+    name = args.data or info["data"]
     is_own_file = args.data and Path(name).is_file()
-    examples = text.load(name, "train" if is_own_file else "test")[1][:args.limit]
-    prompts = [text.token_ids(parts[:-1], tokenizer, end)[0] for _, parts in examples]
+    examples = text.load(name, "train" if is_own_file else "test", info.get("chat"))[1][:args.limit]
+    prompts = [text.token_ids(parts[:-1], tokenizer, ends[0])[0] for _, parts in examples]
     if not all(prompts):
         raise ValueError(f"{name}: contains an empty prompt, which cannot be continued")
     truth = [answers.final_number(parts[-1][0]) for _, parts in examples]
     if 0 < (numbers := len(truth) - truth.count(None)) < len(truth):
         print(f"{numbers} of {len(truth)} reference answers have a number (####): only these count in exact")
-    data = text.encode(examples, tokenizer, end, room)
+    data = text.encode(examples, tokenizer, ends[0], room)
     batches = text.batches(data, torch.arange(len(data.ids)), how.scored)
     results, sizes, length = [], file_bytes(args, models), answers.new_tokens(prompts, how, room)
     parts = text.by_length(prompts, args.batch)
@@ -419,7 +438,7 @@ def text_table(args, device, models, rows, how, tokenizer, end, room):
         # What compiles, or loads kernels (the first row on CUDA), runs once more before it is measured.
         again = args.compile or (device.type == "cuda" and row is rows[0])
         seconds, mib, written = measure(
-            run, lambda row=row: answers.generate(row, prompts, how, end, room), device, int(again))
+            run, lambda row=row: answers.generate(row, prompts, how, ends, room), device, int(again))
         # The end is looked for at every 8th step.
         steps = sum(min(length, 8 * (max(len(written[i]) for i in part) // 8 + 1)) for part in parts)
         results.append(dict(method=row.method, beta=row.beta,
@@ -433,12 +452,14 @@ def text_table(args, device, models, rows, how, tokenizer, end, room):
     print_table(args, device, results, about)
 
 
-def task_tables(args, device, models, rows, how, tokenizer, end, room):
-    """Prints a table for each task of lm-evaluation-harness: its metrics and their standard errors."""
+def task_tables(args, device, models, rows, how, tokenizer, ends, room, form):
+    """Prints a table for each task of lm-evaluation-harness: its metrics and their standard errors.
+
+    form: that of the prompts, as in harness.TiltedModel.
+    """
     with files.explain("--tasks needs lm-evaluation-harness: pip install lm_eval", ImportError):
         from models import harness
-    template = args.apply_chat_template and models.rewards[0].info["template"]
-    tilted_models = (harness.TiltedModel(row, tokenizer, template, end, room, how) for row in rows)
+    tilted_models = (harness.TiltedModel(row, tokenizer, form, ends, room, how) for row in rows)
     tasks = [*harness.evaluate(tilted_models, args.tasks, args.limit)]
     results = [dict(method=row.method, beta=row.beta, tasks=x) for row, x in zip(rows, tasks)]
     tables = {task: [dict(method=x["method"], beta=x["beta"]) | x["tasks"][task] for x in results]

@@ -82,8 +82,11 @@ def combine(base, rewards, logits):
 
     rewards: list of (weight, model), which add weight * logits(model). [] is the base alone, [(beta_train /
     beta, reward model)] is PRT, [(1, tuned source), (-1, source)] is EFT. logits: model -> logits [..., L].
+    base.keep(its logits, their sum with the rewards), if there is one, returns what to take as the sum.
     """
-    return F.log_softmax(sum((w * logits(model).float() for w, model in rewards), logits(base).float()), -1)
+    base_logits = logits(base).float()
+    tilted = sum((w * logits(model).float() for w, model in rewards), base_logits)
+    return F.log_softmax(base.keep(base_logits, tilted) if rewards and hasattr(base, "keep") else tilted, -1)
 
 
 def kl(log_probs, base_logits):
@@ -116,15 +119,13 @@ def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alph
     method: "prt" (pi_ref of `reward` is uniform), or "ft" (pi_ref is the base): plain fine-tuning.
     loss: function (base_logits, r, targets, beta, alpha) -> (sum, not mean, of the losses, number correct).
     optimizer: its learning rates at the call are the peaks. Default: AdamW, 1e-5, no weight decay (Adam).
-    head: if given, model and base return features [N, D], and head(model, features) -> logits [N, L] is
-        called for at most `chunk` targets at a time, for the base as well.
+    head: None, or function (model or base, its features [n, D]) -> logits [n, L] of n <= `chunk` targets.
     warmup, decay: as in `schedule`. clip: maximum gradient norm. accum: micro-batches per step and process.
     start: the number of finished steps, if model and optimizer come from a checkpoint (with the peak rates).
     save: called with the number of finished steps, every save_every steps (default: steps // 4) and last.
     stop: called after every step. If it returns True, on all processes, `fit` saves and returns.
 
-    Returns a list of dicts, one per log step. These, and FloatingPointError, are those of `log`. On CUDA the
-    forward passes run in bfloat16 autocast, and the device is synchronized only to log or save.
+    Returns a list of the dicts of `log`, which may raise FloatingPointError. On CUDA, forward is in bfloat16.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     check_call(model, indices, fetch, base, method, optimizer, decay, world)
@@ -250,9 +251,8 @@ def schedule(step, steps, warmup, decay):
 def log(bar, name, totals, logged, step, batch, clock):
     """Shows and returns the means over the steps since the last log step. Synchronizes the device.
 
-    totals: sums by name since step `logged`. clock: the time when that ended. The dict has step; loss,
-    accuracy, and KL from the base (None without its logits) per target; the gradient norm per step; examples
-    per_second. Raises FloatingPointError if loss or norm is not finite.
+    totals: sums by name since step `logged`, which ended at `clock`. The dict has step; loss, accuracy, kl
+    from the base (or None) per target; norm; per_second. Raises FloatingPointError if one is not finite.
     """
     values = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=totals["norm"].device)
                           for x in totals.values()])
@@ -281,19 +281,19 @@ def generate(base, rewards, ids, *, length, end=None, pad=None, draw=lambda log_
     """Algorithm 2: returns ids [B, T] followed by `length` new tokens, [B, T + length].
 
     base, rewards: as in `combine`. A model has the methods `cache`, `features`, and `head` of models/gpt.py.
-    end: the id that ends a row and fills the rest of it. pad [B]: how many positions on the left are padding.
+    end: the id, or the list of ids, that ends a row; the first fills the rest. pad [B]: padding on the left.
     draw: function from log-probabilities [B, 1, V] to tokens [B, 1]. Default: the most likely token.
     """
-    B, T = ids.shape
+    (B, T), end = ids.shape, [end] if isinstance(end, int) else end
     caches = {model: model.cache(B, T + length, pad) for _, model in [(1.0, base), *rewards]}
     new, ended = ids, torch.zeros(B, 1, dtype=torch.bool, device=ids.device)
     for step in range(length):
         logits = {model: model.head(model.features(new, kv)[:, -1:]) for model, kv in caches.items()}
         new = draw(combine(base, rewards, logits.get))  # [B, 1]
         if end is not None:
-            new = new.masked_fill(ended, end)
-            ended |= new == end
+            new = new.masked_fill(ended, end[0])
+            ended |= sum(new == i for i in end) > 0
         ids = torch.cat([ids, new], 1)
         if end is not None and step % 8 == 7 and ended.all():  # synchronizes the device: every 8th step only
             break
-    return F.pad(ids, (0, T + length - ids.shape[1]), value=end)
+    return F.pad(ids, (0, T + length - ids.shape[1]), value=end and end[0])

@@ -47,11 +47,13 @@ def parse(argv=None):
     recipe.add_argument("--epochs", type=flags.positive(float), help="data passes if no --steps (default: 2)")
     recipe.add_argument("--length", type=flags.positive(int),
                         help="maximum number of tokens per example (default: 1024; pretrain: 65)")
+    recipe.add_argument("--chat-template", action="store_true", help="give conversations the form that "
+                        "--source was instruction-tuned with, instead of Tulu v2's")
     recipe.add_argument("--drop", action="store_true", help="drop longer examples instead of truncating them")
     machine.add_argument("--recompute", action="store_true", help="less memory by activation checkpointing")
     machine.add_argument("--chunk", type=flags.positive(int),
                          help="compute logits for this many targets at a time (default: 512 on a CPU)")
-    return flags.resolve(p, flags.parsed(p, argv), RECIPES, no_pretraining=["drop"])
+    return flags.resolve(p, flags.parsed(p, argv), RECIPES, no_pretraining=["drop", "chat_template"])
 
 
 def main():
@@ -72,7 +74,11 @@ def train(args, device, state):
     state: the checkpoint to continue from, or None.
     """
     torch.manual_seed(args.seed)
-    template, examples = text.load(args.data, "train")
+    chat = None
+    if args.chat_template:
+        from data import chat as chats  # an optional file
+        chat = state["chat"] if state else chats.read(args.source)
+    template, examples = text.load(args.data, "train", chat)
     fingerprint = text.fingerprint(examples)
     weights.check_same(args, state, dict(examples=fingerprint))
     if args.method == "pretrain":
@@ -80,7 +86,7 @@ def train(args, device, state):
         model, tokenizer, end, data = pretrain.gpt(args, examples)
         source, info = None, {}
     else:
-        model, source, tokenizer, end = load_models(args)
+        model, source, tokenizer, end = load_models(args, chat)
         data = text.encode(examples, tokenizer, end, args.length, args.drop)
         info = dict(method=args.method, beta=args.beta, source=args.source,
                     source_sha256=weights.fingerprint(source))
@@ -91,7 +97,7 @@ def train(args, device, state):
                          "positions: lower --length")
     test = None
     with contextlib.suppress(FileNotFoundError):  # there may be no test split
-        test = text.encode(text.load(args.data, "test")[1], tokenizer, end, room)
+        test = text.encode(text.load(args.data, "test", chat)[1], tokenizer, end, room)
     used = len(runs.hold_out(len(lengths), args.hold_out)[0])
     steps = args.steps or math.ceil(args.epochs * used / args.batch)
     indices = runs.batches(len(lengths), args.hold_out, args.batch, args.seed)
@@ -101,7 +107,7 @@ def train(args, device, state):
 
     # The reward model, which starts as a copy of the source.
     info |= dict(kind="gpt", arch=model.arch, tokenizer=tokenizer.text, template=template, data=args.data,
-                 examples=fingerprint)
+                 examples=fingerprint) | (dict(chat=chat) if chat else {})
     model.recompute = args.recompute
     if args.ticket or args.reward_init == "random":
         from models import tickets
@@ -150,10 +156,10 @@ def train(args, device, state):
                 **scores.score_texts(base, rewards, batches, chunk)))
 
 
-def load_models(args):
+def load_models(args, chat=None):
     """Returns the model to train, the frozen source, their tokenizer, and the end token's id.
 
-    With --lora, both are one model.
+    With --lora, both are one model. chat: as in data/chat.py, which has an end of its own.
     """
     begin = args.source if args.reward_init in (None, *flags.STARTS) else args.reward_init
     source = weights.load(args.source, "base", text=True, dtype=None).requires_grad_(False)
@@ -161,7 +167,12 @@ def load_models(args):
     tokenizer = same_vocabulary({f"--source {args.source}": source, f"reward of {begin}": model})
     if args.reward_init == "head" and not args.lora:
         new_output_matrix(model, args.seed + 1)  # the source may have started from the numbers of args.seed
-    model.arch["end"] = end = source.arch["end"]
+    end = source.arch["end"]
+    if chat:
+        from data import chat as chats
+        tokenizer = chats.with_special(tokenizer)
+        end, = tokenizer.encode(chat["end"])
+    model.arch["end"] = end
     if end is None:
         raise ValueError(f"{args.source}: its config.json names no eos_token_id, which ends every response")
     return model, source, tokenizer, end

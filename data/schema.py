@@ -86,5 +86,8 @@ KINDS = {
     "a word": lambda x: isinstance(x, str) and re.fullmatch(r"\w[\w-]*", x),
     "full_attention in every layer": all_of(lambda x: x == "full_attention"),
     "texts": all_of(a(str)),
+    "bools": all_of(a(bool)),
+    "whole numbers": all_of(integer(0)),
+    "zeros and ones": all_of(lambda x: fits(x, [0, 1])),
     "templates with {c}": all_of(lambda x: isinstance(x, str) and "{c}" in x),
     "a template with {}": lambda x: isinstance(x, str) and "{}" in x}

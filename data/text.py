@@ -29,13 +29,16 @@ class Tokens(NamedTuple):
     counts: list  # N BoolTensors [T]: whether the loss counts that token
 
 
-def load(source, split):
+def load(source, split, chat=None):
     """Returns a split's prompt template, and its examples as (name for errors, segments).
 
     source: arithmetic, gsm8k, or a file or folder as in data/text_files.py; for pretraining also
-    arithmetic-old and arithmetic-new. Raises ValueError or OSError that names the file and line, and
-    FileNotFoundError if there is no such split.
+    arithmetic-old and arithmetic-new. chat: as in data/chat.py, to give conversations its form. Raises
+    ValueError or OSError that names the file and line, and FileNotFoundError if there is no such split.
     """
+    if chat:
+        from data import chat as chats  # an optional file
+        return chats.load(source, split, chat)
     if source == "gsm8k":
         lines = gzip.decompress(Path(__file__).with_name(f"gsm8k-{split}.jsonl.gz").read_bytes()).splitlines()
         rows = [json.loads(line) for line in lines]

@@ -17,17 +17,18 @@ REFUSED = {"audio", "context", "documents", "function_call", "functions", "image
 TULU = "<|user|>\n{}\n<|assistant|>\n"  # Tulu v2's chat template
 
 
-def load(source, split):
+def load(source, split, as_messages=False):
     """Returns what text.load does, for a file, or a folder with files train.* and test.*.
 
     Rows of .jsonl and .parquet files have "prompt" and "response", "question" and "answer", or "messages":
-    [{"role", "content"}, ...]. A .txt file is one example, for pretraining.
+    [{"role", "content"}, ...]. A .txt file is one example, for pretraining. as_messages: whether "messages"
+    become (role, content, counts) each, instead of segments (text, counts) in the form of Tulu v2.
     """
     path = find(source, split)
     if path.suffix == ".txt":
         return "{}", [(str(path), [(re.sub("\r\n?", "\n", files.read_text(path)), True)])]
     rows, unread = parquet_rows(path) if path.suffix == ".parquet" else jsonl_rows(path), set()
-    examples = [(name, *segments(name, row, unread)) for name, row in rows]
+    examples = [(name, *segments(name, row, unread, as_messages)) for name, row in rows]
     if not examples:
         raise ValueError(f"{path}: holds no example")
     if unread:
@@ -83,10 +84,10 @@ def parquet_rows(path):
     yield from ((f"{path} row {i + 1}", row) for i, row in enumerate(table))
 
 
-def segments(name, row, unread):
+def segments(name, row, unread, as_messages):
     """Returns the prompt template and the segments of a row, and adds the keys that are not read to `unread`.
 
-    Raises ValueError that begins with name.
+    as_messages: as in `load`. Raises ValueError that begins with name.
     """
     with files.explain(f"{name}: not messages, prompt/response, or question/answer", LookupError, TypeError,
                        AttributeError):
@@ -95,8 +96,8 @@ def segments(name, row, unread):
             for message in row["messages"]:
                 used = {"role", "content", "weight", "train"}
                 unread |= other_keys(name, message, used, REFUSED | {"name"})
-                parts += turn(name, message)
-            while parts and not parts[-1][1]:  # nothing counts after the last answer
+                parts += turn(name, message, as_messages)
+            while parts and not parts[-1][-1]:  # nothing counts after the last answer
                 parts.pop()
             used = {"messages"}
         elif "question" in row:
@@ -107,22 +108,26 @@ def segments(name, row, unread):
     unread |= other_keys(name, row, used | {"weight", "train"}, REFUSED)
     if row.get("weight") not in (None, 1) or row.get("train") not in (None, True):
         raise ValueError(f"{name}: weight or train of a row; leave out what is not to be trained on")
-    if invalid := [text for text, _ in parts if not isinstance(text, str)]:
+    if invalid := [text for *_, text, _ in parts if not isinstance(text, str)]:
         raise ValueError(f"{name}: {invalid[0]!r:.100} is not text")
-    if not any(counts for _, counts in parts) or not all(text.strip() for text, counts in parts if counts):
+    answers = [text for *_, text, counts in parts if counts]
+    if not answers or not all(map(str.strip, answers)):
         raise ValueError(f"{name}: its response is empty")
     return template, parts
 
 
-def turn(name, message):
-    """Returns the segments of a message. Raises ValueError that begins with name."""
+def turn(name, message, as_messages):
+    """Returns the parts of a message; as_messages: as in `load`. Raises ValueError that begins with name."""
     role, content = message["role"], message["content"]
     schema.check(message, name, "message")
     wanted = [message[k] for k in ("weight", "train") if message.get(k) is not None]
-    if role == "assistant":
-        return [("<|assistant|>\n", False), (content, True if all(wanted) else None), ("\n", False)]
-    if any(wanted):
+    counts = role == "assistant" and (True if all(wanted) else None)
+    if role != "assistant" and any(wanted):
         raise ValueError(f"{name}: role {role} has weight or train, but only the assistant's answers count")
+    if as_messages:
+        return [(role, content, counts)]
+    if role == "assistant":
+        return [("<|assistant|>\n", False), (content, counts), ("\n", False)]
     return [(f"<|{role}|>\n{content}\n", False)]
 
 

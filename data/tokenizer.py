@@ -11,6 +11,8 @@ from data.bpe import LETTERS
 
 LONGEST_RUN = 200_000  # of spaces; with 1,000,000, tiktoken ends the program
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same between digits, each of which is alone (SmolLM2): no other space is joined with what follows.
+DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 
 class Tokenizer:
@@ -43,8 +45,9 @@ class Tokenizer:
             self.added = {self.normalize(t) if t in matched[True] else t: i for t, i in added.items()}
             self.begin = beginning(d.get("post_processor") or {}, special)
         self.text, self.size = text, max(self.bytes) + 1
-        rules = rules, sorted(special.items()), *map(sorted, matched.values()), self.begin
-        self.hash = hashlib.sha256(repr(rules).encode()).hexdigest()
+        every = rules, sorted(special.items()), *map(sorted, matched.values()), self.begin
+        # Of what decides all ids, and of what decides those of ordinary tokens.
+        self.hash, self.ordinary = (hashlib.sha256(repr(x).encode()).hexdigest() for x in (every, rules))
 
     def normalize(self, text):
         return unicodedata.normalize("NFC", text) if self.nfc else text
@@ -166,6 +169,8 @@ def split_pattern(d):
     match splits, byte_level.get("use_regex", True):
         case [], True:
             return GPT2_PATTERN
+        case [{"type": "Digits", "individual_digits": True}], True:
+            return DIGITS_PATTERN
         case [{"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}], False:
             check_pattern(pattern)
             return f"{pattern}|(?:(?!{pattern})(?s:.))+"  # also matches the rest, which tiktoken would drop

@@ -1,6 +1,7 @@
 """Generated answers to text: decoding in batches, the numbers in answers, and their colors."""
 import codecs
 import functools
+import itertools
 import math
 import os
 import re
@@ -51,9 +52,9 @@ def generate(row, prompts, how, end, room, until=(), to_text=None):
     """Returns the answers (ids) to prompts (ids), in batches of similar lengths.
 
     row: has a base, rewards as in prt.combine, and a drafter for decode.speculative. how: a Decoding; with
-    how.compile the last batch is filled up with copies of a prompt, since every size needs a graph. end: the
-    end token's id. room: the models' positions. until, to_text: as in sampling.stopping; answers may go on
-    after a stop string. Raises ValueError if there is no room for the answers.
+    how.compile the last batch is filled up with copies of a prompt, since every size needs a graph. end: list
+    of the ids that end an answer. room: the models' positions. until, to_text: as in sampling.stopping;
+    answers may go on after a stop string. Raises ValueError if there is no room for the answers.
     """
     device = next(row.base.parameters()).device
     length = new_tokens(prompts, how, room)
@@ -62,13 +63,13 @@ def generate(row, prompts, how, end, room, until=(), to_text=None):
     for batch in tqdm(text.by_length(prompts, how.batch), desc="generate", disable=None, leave=False):
         T, rows = len(prompts[batch[0]]), batch + batch[-1:] * (size - len(batch))
         pad = [T - len(prompts[i]) for i in rows]
-        ids = torch.tensor([[end] * n + prompts[i] for n, i in zip(pad, rows)], device=device)  # [B, T]
+        ids = torch.tensor([end[:1] * n + prompts[i] for n, i in zip(pad, rows)], device=device)  # [B, T]
         # With compile also where nothing is padded, since no padding would need another graph.
         pad = torch.tensor(pad, device=device) if any(pad) or size > 1 else None
         decode = decoder(row, how, generator, end, until, to_text)
         new = decode(row.base, row.rewards, ids, length=length, end=end, pad=pad)[:, T:].tolist()
         for i, ids in zip(batch, new):
-            answers[i] = ids[:ids.index(end)] if end in ids else ids
+            answers[i] = [*itertools.takewhile(lambda token: token not in end, ids)]
     return answers
 
 
@@ -85,7 +86,7 @@ def decoder(row, how, generator, end, until, to_text):
                                  generator=generator, drafter=row.drafter, compile=how.compile)
     draw = sampling.sampler(how.temperature, how.top_p, generator)
     if any(until):
-        draw = sampling.stopping(draw, until, to_text, end)
+        draw = sampling.stopping(draw, until, to_text, end[0])
     return functools.partial(decode.compiled if how.compile else prt.generate, draw=draw)
 
 

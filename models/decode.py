@@ -31,7 +31,7 @@ def speculative(base, rewards, ids, *, length, end=None, pad=None, temperature=0
     device after every pass of the base and, if `end` is given, after every drafted token (not with compile).
     """
     drafter = drafter or (rewards[0][1] if rewards else base, [])
-    B, total = len(ids), ids.shape[1] + length
+    B, total, end = len(ids), ids.shape[1] + length, [end] if isinstance(end, int) else end
     drafting = open_caches([(1.0, drafter[0]), *drafter[1]], B, total, pad, compile)
     others = [(weight, model) for weight, model in [(1.0, base), *rewards] if model not in drafting]
     checking = open_caches(others, B, total, pad, compile)
@@ -54,7 +54,7 @@ def speculative(base, rewards, ids, *, length, end=None, pad=None, temperature=0
         new = new[:, -1:].clone(memory_format=torch.contiguous_format)  # strides of a slice would recompile
         if end is not None and ended.all():
             break
-    return F.pad(out, (0, total - out.shape[1]), value=end)
+    return F.pad(out, (0, total - out.shape[1]), value=end and end[0])
 
 
 def draft(drafter, caches, new, at, k, ended, end, distribution, generator, compile):
@@ -71,7 +71,7 @@ def draft(drafter, caches, new, at, k, ended, end, distribution, generator, comp
         q.append(distribution(prt.combine(base, rewards, logits[-1].get)))
         at, new = at + new.shape[1], sample(q[-1], generator)  # [B, 1]
         drafts.append(new)
-        ended = ended | (new[:, 0] == end)
+        ended = ended | (sum(new[:, 0] == i for i in end or ()) > 0)
         logits.append(next_logits(caches, new, at, 1, compile))
     x = logits[0][base]  # [B, 1, V]
     return (torch.cat([new[:, :0], *drafts], 1), torch.cat([x[:, :0], *q], 1),
@@ -122,7 +122,7 @@ def compiled(base, rewards, ids, *, length, end=None, pad=None, draw=lambda log_
     there is a cache of that batch size and at least that length. The newest cache of each model stays
     allocated. Do not train the models afterward: on a CPU their weights are constants of the graph.
     """
-    B, T = ids.shape
+    (B, T), end = ids.shape, [end] if isinstance(end, int) else end
     caches = open_caches([(1.0, base), *rewards], B, T + length, pad, compile=True)
     out, new, ended = ids, ids, torch.zeros(B, dtype=torch.bool, device=ids.device)
     for step in range(length):
@@ -131,20 +131,21 @@ def compiled(base, rewards, ids, *, length, end=None, pad=None, draw=lambda log_
         out = torch.cat([out, new], 1)
         if end is not None and step % 8 == 7 and ended.all():  # synchronizes the device: every 8th step only
             break
-    return F.pad(out, (0, T + length - out.shape[1]), value=end)
+    return F.pad(out, (0, T + length - out.shape[1]), value=end and end[0])
 
 
 def fill_after_end(new, ended, end):
-    """Replaces the tokens after a row's first end token by `end`, in new tokens [B, n].
+    """Replaces the tokens after a row's first end token by end[0], in new tokens [B, n].
 
-    ended, bool [B]: rows that ended before. Returns the tokens and the updated `ended`.
+    ended, bool [B]: rows that ended before. end: list of ids, or None. Returns the tokens and the updated
+    `ended`.
     """
     if end is None:
         return new, ended
-    is_end = new == end
+    ends = sum(new == i for i in end) > 0
     # The difference counts the end tokens before each position of `new`.
-    new = new.masked_fill(ended[:, None] | (is_end.cumsum(1) - is_end.long() > 0), end)
-    return new, ended | is_end.any(1)
+    new = new.masked_fill(ended[:, None] | (ends.cumsum(1) - ends.long() > 0), end[0])
+    return new, ended | ends.any(1)
 
 
 def next_logits(caches, tokens, at, n, compile):

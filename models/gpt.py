@@ -1,11 +1,18 @@
-"""GPT-2 and the Llama architecture (Llama 2 and 3, Qwen2, Falcon3) in one decoder, and how they are read.
+"""GPT-2, and Llama with its relatives (Qwen, SmolLM, OLMo 2, Mistral, Falcon3), in one decoder.
 
 Parameters have the names of Llama's public checkpoints, without their "model." prefix. An architecture is a
 dict of plain values, which `architecture` makes of a config.json:
 
     vocab, width, layers, heads, kv_heads, head_width, mlp (inner width), positions (at most), eps, tied (the
-    output matrix is the embedding), end (id of the end token), rope (theta and llama3, the scaling, or None
-    for learned positions), layer_norm (False: RMSNorm), gated_mlp, qkv_bias, bias (of o_proj and the MLP)
+    output matrix is the embedding), end (id after every response in training), rope (theta and llama3, the
+    scaling, or None for learned positions), layer_norm (False: RMSNorm), gated_mlp, qkv_bias, bias (of o_proj
+    and the MLP)
+
+and, if it is unlike Llama's:
+
+    ends (all ids that end an answer), norms ("after": of the outputs of attention and MLP, not before them),
+    qk_norm (of queries and keys: "head", each head on its own, or "full", all heads together), rope_layers
+    (for each layer, whether it has RoPE)
 """
 import contextlib
 import math
@@ -44,9 +51,12 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with a KV cache; G = heads / kv_heads heads share their keys and values."""
+    """Causal self-attention with a KV cache; G = heads / kv_heads heads share their keys and values.
 
-    def __init__(self, arch):
+    has_rope: whether queries and keys are rotated.
+    """
+
+    def __init__(self, arch, has_rope):
         super().__init__()
         self.heads, self.kv_heads = arch["heads"], arch["kv_heads"]
         inner, kv = (n * arch["head_width"] for n in (self.heads, self.kv_heads))
@@ -54,13 +64,23 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(arch["width"], kv, bias=arch["qkv_bias"])
         self.v_proj = nn.Linear(arch["width"], kv, bias=arch["qkv_bias"])
         self.o_proj = nn.Linear(inner, arch["width"], bias=arch["bias"])
+        self.has_rope, self.qk_norm = has_rope, arch.get("qk_norm")
+        if self.qk_norm:
+            sizes = (inner, kv) if self.qk_norm == "full" else [arch["head_width"]] * 2
+            self.q_norm, self.k_norm = (nn.RMSNorm(size, eps=arch["eps"]) for size in sizes)
 
     def forward(self, x, rope, past):
         """Maps x [B, T, D] to [B, T, D]; rope: as `GPT.embed` returns it. past: a cache.Past, or None."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, T, D] -> [B, H, T, D/H]
-        k = self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # [B, KV, T, D/H]
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
-        if rope is not None:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [B, T, D], and twice [B, T, KV * D/H]
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.unflatten(-1, (self.heads, -1))  # [B, T, D] -> [B, T, H, D/H]
+        k, v = (y.unflatten(-1, (self.kv_heads, -1)) for y in (k, v))  # [B, T, KV, D/H]
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        # Autocast computes norms in float32.
+        q, k, v = (y.type_as(v).transpose(1, 2) for y in (q, k, v))  # [B, H, T, D/H], [B, KV, T, D/H]
+        if rope is not None and self.has_rope:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if past is not None:
             k, v = past.extend(k, v)  # [B, KV, keys, D/H]
@@ -93,22 +113,25 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def norm(arch):
-    """Returns a new normalization layer."""
+def norm(arch, place=None):
+    """Returns a new normalization layer, or no layer if the architecture has none in a block's `place`."""
+    if place not in (None, arch.get("norms") or "before"):
+        return nn.Identity()
     return (nn.LayerNorm if arch["layer_norm"] else nn.RMSNorm)(arch["width"], eps=arch["eps"])
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a normalization layer and added to its input."""
+    """Attention and MLP, each added to its input, with a normalization layer before or after it."""
 
-    def __init__(self, arch):
+    def __init__(self, arch, has_rope):
         super().__init__()
-        self.input_layernorm, self.self_attn = norm(arch), Attention(arch)
-        self.post_attention_layernorm, self.mlp = norm(arch), MLP(arch)
+        self.input_layernorm, self.self_attn = norm(arch, "before"), Attention(arch, has_rope)
+        self.post_attention_layernorm, self.mlp = norm(arch, "before"), MLP(arch)  # Llama's name: before MLP
+        self.attention_output_norm, self.mlp_output_norm = norm(arch, "after"), norm(arch, "after")
 
     def forward(self, x, rope, past):
-        x = x + self.self_attn(self.input_layernorm(x), rope, past)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.attention_output_norm(self.self_attn(self.input_layernorm(x), rope, past))
+        return x + self.mlp_output_norm(self.mlp(self.post_attention_layernorm(x)))
 
 
 class GPT(nn.Module):
@@ -118,10 +141,12 @@ class GPT(nn.Module):
         super().__init__()
         self.arch, width = arch, arch["width"]
         self.size = arch["vocab"]  # number of logits; smaller if the output matrix has rows without a token
+        self.register_buffer("reads", None, persistent=False)  # see models/vocabulary.py
         self.recompute = False  # activation checkpointing: only the blocks' inputs are kept for backward
         self.embed_tokens = nn.Embedding(arch["vocab"], width)
         self.embed_positions = None if arch["rope"] else nn.Embedding(arch["positions"], width)
-        self.layers = nn.ModuleList(Block(arch) for _ in range(arch["layers"]))
+        has_rope = arch.get("rope_layers") or [True] * arch["layers"]
+        self.layers = nn.ModuleList(Block(arch, x) for x in has_rope)
         self.norm = norm(arch)
         self.lm_head = None if arch["tied"] else nn.Linear(width, arch["vocab"], bias=False)
         rope = frequencies(arch["rope"], arch["head_width"]) if arch["rope"] else None
@@ -163,7 +188,7 @@ class GPT(nn.Module):
 
         These are the cosines and sines of the angles, each [T, D/H] or [B, 1, T, D/H], or None without RoPE.
         """
-        x = self.embed_tokens(ids)
+        x = self.embed_tokens(ids if self.reads is None else self.reads[ids])
         if self.embed_positions is not None:
             return x + self.embed_positions(positions), None
         angles = positions[..., None] * self.rope.float()  # [T, D/2H] or [B, T, D/2H]
@@ -178,6 +203,9 @@ class GPT(nn.Module):
         """Maps features [..., D] to logits [..., size] of the first `size` tokens of the vocabulary."""
         tied = self.lm_head is None
         logits = F.linear(features, self.embed_tokens.weight) if tied else self.lm_head(features)
+        if self.reads is not None:
+            from models import vocabulary  # an optional file
+            return vocabulary.translated(logits, self.reads)
         return logits[..., :self.size]  # of all: autocast caches casts of whole weights
 
     def forward(self, ids, index=None):
@@ -216,7 +244,14 @@ def network(info, arch, head=None):
 # Public files
 
 # Family -> the tables of data/schemas.toml that tell, with "config", what its config.json may say.
-TABLES = dict(gpt2=["gpt2"], llama=["llama"], qwen2=["llama", "qwen2"])
+TABLES = dict(gpt2=["gpt2"], llama=["llama"], qwen2=["llama", "qwen2"], qwen3=["llama", "qwen3"],
+              olmo2=["llama"], smollm3=["llama", "smollm3"], mistral=["llama", "mistral"])
+# Family -> what is in its architecture and not in Llama's.
+UNLIKE_LLAMA = dict(qwen2=dict(qkv_bias=True), qwen3=dict(qk_norm="head"),
+                    olmo2=dict(qk_norm="full", norms="after"))
+# Family -> keys that its config.json may leave out, with the values that transformers takes then.
+DEFAULTS = dict(smollm3=dict(tie_word_embeddings=True, no_rope_layer_interval=4),
+                mistral=dict(sliding_window=4096))
 WEIGHTS = "model.safetensors", "model.safetensors.index.json"
 # Keys of generation_config.json that would change what greedy decoding writes -> the values without effect.
 GREEDY = dict(repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0, guidance_scale=1, num_beams=1) | \
@@ -230,8 +265,15 @@ def check_arch(arch):
     schema.check(arch, "arch", "gpt")
     if arch["heads"] % arch["kv_heads"] or (arch["rope"] and arch["head_width"] % 2):
         raise ValueError(f"{arch['heads']} heads of width {arch['head_width']}, {arch['kv_heads']} of keys")
-    if (arch["end"] or 0) >= arch["vocab"]:
-        raise ValueError(f"the end token is {arch['end']}, but there are {arch['vocab']} tokens")
+    if len(layers := arch.get("rope_layers") or [True] * arch["layers"]) != arch["layers"]:
+        raise ValueError(f"{len(layers)} layers are said to have RoPE or not, but there are {arch['layers']}")
+    if max(end_ids(arch), default=0) >= arch["vocab"]:
+        raise ValueError(f"an end token is {max(end_ids(arch))}, but there are {arch['vocab']} tokens")
+
+
+def end_ids(arch):
+    """Returns the list of the ids that end an answer, with the one that ends those of training first."""
+    return [i for i in dict.fromkeys([arch["end"], *(arch.get("ends") or ())]) if i is not None]
 
 
 def read_folder(name, dtype):
@@ -240,7 +282,8 @@ def read_folder(name, dtype):
     dtype: that of the tensors, or None for that of the files.
     """
     generation = hub.optional(name, "generation_config.json", *WEIGHTS)
-    arch, tensors = architecture(files.read_json(hub.find(name, "config.json"))), {}
+    generation = files.read_json(generation) if generation else {}
+    arch, tensors = architecture(files.read_json(hub.find(name, "config.json")), generation), {}
     check_arch(arch)
     index = hub.find(name, *WEIGHTS)
     shards = {index.name}
@@ -257,31 +300,46 @@ def read_folder(name, dtype):
         arch["tied"] = head.equal(tensors["embed_tokens.weight"])  # if not, it counts, as in transformers
         if arch["tied"]:
             del tensors["lm_head.weight"]
-    if generation:
-        report_generation(files.read_json(generation), arch["end"])
+    if others := [f"{k} {generation[k]}" for k, x in GREEDY.items() if generation.get(k) not in (x, None)]:
+        print(f"not applied of generation_config.json: {', '.join(others):.300}")
     return arch, tensors
 
 
-def architecture(config):
-    """Returns the arch dict of a Hugging Face config.json. Raises ValueError if it says what is not read."""
+def architecture(config, generation=None):
+    """Returns the arch dict of a Hugging Face config.json. Raises ValueError if it says what is not read.
+
+    generation: the content of generation_config.json, whose end tokens count as well.
+    """
     family = config.get("model_type")
     if family not in TABLES:
         raise ValueError(f"config.json: model_type {family!r:.50}; models/gpt.py supports {', '.join(TABLES)}"
-                         " (Falcon3 is a llama)")
+                         " (Falcon3 and SmolLM2 are llamas)")
     schema.check(config, "config.json", "config", *TABLES[family])
-    end = config.get("eos_token_id")
-    arch = dict(vocab=config["vocab_size"], end=end[0] if isinstance(end, list) else end)
+    config = DEFAULTS.get(family, {}) | config
+    schema.check(generation or {}, "generation_config.json", "generation")
+    ends = [end for x in (config, generation or {}) for end in listed(x.get("eos_token_id"))]
+    arch = dict(vocab=config["vocab_size"], end=ends[0] if ends else None)
+    if len(set(ends)) > 1:
+        arch["ends"] = [*dict.fromkeys(ends)]
     if family == "gpt2":
         from models import gpt2  # an optional file
         return arch | gpt2.architecture(config)
-    heads = config["num_attention_heads"]
-    return arch | dict(width=config["hidden_size"], layers=config["num_hidden_layers"], heads=heads,
+    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+    positions, window = config["max_position_embeddings"], family == "mistral" and config["sliding_window"]
+    if window and window < positions:
+        print(f"only {window} of {positions} positions can be used: longer texts need a sliding window")
+        positions = window
+    if family == "smollm3":
+        every = config["no_rope_layer_interval"]
+        has_rope = config.get("no_rope_layers") or [(i + 1) % every for i in range(layers)]
+        arch["rope_layers"] = [bool(x) for x in has_rope[:layers]]
+    return arch | dict(width=config["hidden_size"], layers=layers, heads=heads,
                        kv_heads=config.get("num_key_value_heads") or heads,
                        head_width=config.get("head_dim") or config["hidden_size"] // heads,
-                       mlp=config["intermediate_size"], positions=config["max_position_embeddings"],
+                       mlp=config["intermediate_size"], positions=positions,
                        eps=config["rms_norm_eps"], tied=bool(config.get("tie_word_embeddings")),
-                       rope=rope_parameters(config), layer_norm=False, gated_mlp=True,
-                       qkv_bias=family == "qwen2", bias=False)
+                       rope=rope_parameters(config), layer_norm=False, gated_mlp=True, qkv_bias=False,
+                       bias=False) | UNLIKE_LLAMA.get(family, {})
 
 
 def rope_parameters(config):
@@ -291,7 +349,7 @@ def rope_parameters(config):
         old = dict(rope_theta=config["rope_theta"]) | old
     if new and any(new.get(k) != x for k, x in old.items()):
         raise ValueError(f"config.json: rope_parameters {new} and rope_theta or rope_scaling {old} disagree")
-    parameters = dict(rope_theta=10000.0) | old | new
+    parameters = dict(rope_theta=2e6 if config["model_type"] == "smollm3" else 1e4) | old | new
     kinds = {parameters.get("rope_type"), parameters.get("type")} - {None}
     if len(kinds) > 1:
         raise ValueError(f"config.json: RoPE has the types {' and '.join(map(str, kinds))}")
@@ -301,14 +359,9 @@ def rope_parameters(config):
     return dict(theta=parameters["rope_theta"], llama3=scaling)
 
 
-def report_generation(config, end):
-    """Prints what a generation_config.json asks for and prt.generate does not do; end: the end token's id."""
-    others = [f"{k} {config[k]}" for k, plain in GREEDY.items() if config.get(k) not in (plain, None)]
-    ends = config.get("eos_token_id", end)
-    if set(ends if isinstance(ends, list) else [ends]) != {end}:
-        others.append(f"eos_token_id {ends} (answers end at {end} only)")
-    if others:
-        print(f"not applied of generation_config.json: {', '.join(others):.300}")
+def listed(value):
+    """Returns a list as it is, and of another value a list with it, or an empty list for None."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def renamed(tensors, arch):
@@ -316,7 +369,11 @@ def renamed(tensors, arch):
     if arch["rope"] is None:
         from models import gpt2  # an optional file
         tensors = gpt2.renamed(tensors)
-    return {name.removeprefix("model."): x for name, x in tensors.items() if ".inv_freq" not in name}
+    after = arch.get("norms") == "after"  # OLMo's names, of which one is that of another norm in Llama
+    names = dict(post_attention_layernorm="attention_output_norm",
+                 post_feedforward_layernorm="mlp_output_norm") if after else {}
+    return {".".join(names.get(part, part) for part in name.removeprefix("model.").split(".")): x
+            for name, x in tensors.items() if ".inv_freq" not in name}
 
 
 def tokenizer_text(name):
@@ -358,22 +415,27 @@ def check_tokenizer_config(config, others, text):
                          f"differ: {differ[0]} {theirs.get(differ[0])}")
 
 
-def same_vocabulary(models):
+def same_vocabulary(models, base=None):
     """Returns the tokenizer that GPTs share, and limits their logits to its number of tokens.
 
-    models: name -> GPT. Raises ValueError if the tokenizers differ, or an output matrix has too few rows. A
-    reward in a small file has only the hash of its tokenizer, whose text may be larger than the rest.
+    models: name -> GPT. base: the name of one whose tokenizer may have other special and added tokens than
+    the rest, which models/vocabulary.py adapts to it then. Raises ValueError if the tokenizers differ, or an
+    output matrix has too few rows. A reward in a small file has only the hash of its tokenizer, whose text
+    may be larger than the rest.
     """
     tokenizers = {name: Tokenizer(model.info.get("tokenizer"), name) for name, model in models.items()
                   if not model.info.keys() & {"ticket", "lora"}}
-    first_name, first = next(iter(tokenizers.items()))
+    first_name = base or next(iter(tokenizers))
+    first, known = tokenizers[first_name], {tokenizer.hash: tokenizer for tokenizer in tokenizers.values()}
     for name, model in models.items():
         other = tokenizers[name].hash if name in tokenizers else model.info["tokenizer"]
-        if other != first.hash:
+        if other != first.hash and base and other in known:
+            from models import vocabulary  # an optional file
+            vocabulary.adapt(model, known[other], models[base], first, name)
+        elif other != first.hash:
             raise ValueError(f"{first_name} has {first.size} tokens ({first.hash[:8]}), {name} has others "
                              f"({other!s:.8}): a reward and its base must have the same tokenizer")
-    size = min(tokenizer.size for tokenizer in tokenizers.values())
-    rows = {name: model.size for name, model in models.items()}
+    size, rows = first.size, {name: model.size for name, model in models.items()}
     if min(rows.values()) < size:
         raise ValueError(f"the tokenizer has {size} tokens, more than an output matrix has rows: {rows}")
     if set(rows.values()) != {size}:

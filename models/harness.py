@@ -19,7 +19,7 @@ def evaluate(models, names, limit):
         manager.load(names)
     for model in models:
         report = simple_evaluate(model, tasks=names, limit=limit, task_manager=manager, log_samples=False,
-                                 apply_chat_template=bool(model.template), fewshot_as_multiturn=False)
+                                 apply_chat_template=bool(model.chat), fewshot_as_multiturn=False)
         yield {name: {k: x for k, x in task.items() if isinstance(x, float)}
                for name, task in report["results"].items()}
 
@@ -27,22 +27,26 @@ def evaluate(models, names, limit):
 class TiltedModel(TemplateLM):
     """A model for text that splits, truncates, and stops as lm_eval's own class for transformers.
 
-    row: of eval.py's table. template: of prompts, with {}, or None. end: the end token's id. room: the most
-    positions; longer texts are truncated on the left. how: answers.Decoding, but for what a task sets.
+    row: of eval.py's table. chat: as in data/chat.py, or a template with {}, or None. end: the end tokens'
+    ids. room: the most positions; longer texts are truncated on the left. how: answers.Decoding, but for what
+    a task sets.
     """
 
     eot_token_id = prefix_token_id = tokenizer_name = None  # in the parent class, abstract properties
 
-    def __init__(self, row, tokenizer, template, end, room, how):
+    def __init__(self, row, tokenizer, chat, end, room, how):
         super().__init__()
-        self.row, self.tokenizer, self.template, self.room, self.how = row, tokenizer, template, room, how
-        self.eot_token_id, self.prefix_token_id = end, [*tokenizer.begin, end][0]
+        self.row, self.tokenizer, self.chat, self.room, self.how = row, tokenizer, chat, room, how
+        self.end, self.eot_token_id, self.prefix_token_id = end, end[0], [*tokenizer.begin, *end][0]
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         """Returns the prompt for a task's description and question, and the answer if it is begun."""
-        asked = "".join(part["content"] for part in chat_history if part["role"] != "assistant")
         begun = "" if add_generation_prompt else chat_history[-1]["content"]
-        return self.template.replace("{}", asked) + begun
+        asked = chat_history if add_generation_prompt else chat_history[:-1]
+        if isinstance(self.chat, dict):
+            from data import chat as chats  # an optional file
+            return chats.render(self.chat, asked, answer=True) + begun
+        return self.chat.replace("{}", "".join(part["content"] for part in asked)) + begun
 
     def tok_encode(self, string, add_special_tokens=True, **_):
         return (self.tokenizer.begin if add_special_tokens else []) + self.tokenizer.encode(string)
@@ -77,8 +81,7 @@ class TiltedModel(TemplateLM):
             raise ValueError(f"--tasks: a task generates with {others}, which is not supported")
         ids = [(self.tok_encode(x) or [self.prefix_token_id])[-(self.room - max_gen_toks):] for x in prompts]
         how = self.how._replace(new_tokens=max_gen_toks, temperature=temperature, top_p=top_p)
-        end, to_text = self.eot_token_id, self.tokenizer.decode
-        written = answers.generate(self.row, ids, how, end, self.room, until, to_text)
+        written = answers.generate(self.row, ids, how, self.end, self.room, until, self.tokenizer.decode)
         return [postprocess_generated_text(self.tokenizer.decode(x), until, None) for x in written]
 
 

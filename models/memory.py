@@ -25,6 +25,8 @@ def bytes_per_token(arch, recompute, autocast=True):
     width, query, key = arch["width"], *(arch[k] * arch["head_width"] for k in ("heads", "kv_heads"))
     norms, mlp = (18, 8) if arch["gated_mlp"] else (16, 4)
     layer = (norms if autocast else 8) * width + 4 * (query + key) + mlp * arch["mlp"]
+    if arch.get("qk_norm"):  # its inputs
+        layer += (4 if autocast else 2) * (query + key)
     if recompute:
         return (4 if autocast else 2) * width * arch["layers"] + (1 + BACKWARD) * layer
     return (arch["layers"] + BACKWARD) * layer

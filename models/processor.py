@@ -3,6 +3,8 @@ import torch
 import torch.nn.functional as F
 
 import prt
+from data.tokenizer import Tokenizer
+from models import vocabulary
 from models.gpt import GPT
 
 
@@ -12,10 +14,11 @@ class RewardProcessor:
     model: the reward. beta: as in `tilt` (default: that of its training). attention_mask [B, T]: the
     tokenizer's, of prompts that are padded on the left (default: no padding). With padding, a processor is
     for the B prompts of its first call only, each in R / B rows, as in beam search. size: number of tokens in
-    the tokenizer, if the output matrices have more rows.
+    the tokenizer, if the output matrices have more rows. tokenizer: the base's, of transformers, if it has
+    other special or added tokens than the reward's; then its size is the one that counts.
     """
 
-    def __init__(self, model, beta=None, attention_mask=None, size=None):
+    def __init__(self, model, beta=None, attention_mask=None, size=None, tokenizer=None):
         own = dict(method="prt", kind="gpt" if isinstance(model, GPT) else "other")
         info = getattr(model, "info", own)  # your own model has none, and prt.fit adds none
         if (method := info.get("method", "base")) != "prt":
@@ -27,7 +30,12 @@ class RewardProcessor:
         self.beta = self.trained_beta if beta is None else beta
         if self.mask is not None and not (self.mask.equal(self.mask.sort(-1)[0]) and self.mask[:, -1].all()):
             raise ValueError('a row of the attention mask is not zeros, then ones: set padding_side="left"')
-        self.prompts, self.seen, self.cache = None, None, None
+        self.prompts, self.seen, self.cache, self.unshared = None, None, None, None
+        if tokenizer is not None:
+            base = Tokenizer(tokenizer.backend_tokenizer.to_str(), "the base's tokenizer")
+            self.size, own = base.size, info.get("tokenizer")
+            if own != base.hash and (own := Tokenizer(own, "the reward's tokenizer")).hash != base.hash:
+                self.unshared = vocabulary.translate(model, own, base, "the reward")
 
     @torch.no_grad()
     def __call__(self, input_ids, scores):
@@ -42,7 +50,10 @@ class RewardProcessor:
         features = self.model.features(input_ids[:, start:], self.cache)[:, -1]
         r = prt.reward(self.model.head(features), beta=self.trained_beta)
         self.seen = input_ids.clone()
-        log_probs = prt.tilt(scores[:, :self.size], r[:, :self.size], self.beta)
+        base_logits = scores[:, :self.size].float()
+        log_probs = prt.tilt(base_logits, r[:, :self.size], self.beta)
+        if self.unshared is not None:
+            log_probs = vocabulary.keep(base_logits, log_probs, self.unshared).log_softmax(-1)
         return F.pad(log_probs, (0, scores.shape[1] - log_probs.shape[1]), value=-torch.inf)
 
     def row_padding(self, ids):

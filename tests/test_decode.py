@@ -146,11 +146,11 @@ def test_one_cache_and_one_graph_serve_all_batches_of_a_table(trained, traced, m
     monkeypatch.setattr(GPT, "cache", lambda self, *shape: made.append(shape[:2]) or cache(self, *shape))
     prompts = [[5] * n for n in (3, 100, 130, 20, 7)]
     how = answers.Decoding(batch=2, new_tokens=9, compile=True)
-    written = answers.generate(row, prompts, how, trained.end, 256)
+    written = answers.generate(row, prompts, how, [trained.end], 256)
     assert made == [(2, 256)] * 2 and traced["total"] == traced["ok"] == 1
-    assert written == answers.generate(row, prompts, how._replace(compile=False), trained.end, 256)
+    assert written == answers.generate(row, prompts, how._replace(compile=False), [trained.end], 256)
     made.clear()
-    answers.generate(row, prompts[:1], how, trained.end, 256)  # another batch size takes its place
+    answers.generate(row, prompts[:1], how, [trained.end], 256)  # another batch size takes its place
     assert made == [(1, 128)] * 2
     assert {decode.CACHES[model].length for model in (trained.base, trained.reward)} == {128}
 

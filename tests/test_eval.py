@@ -333,8 +333,8 @@ def answer_with(monkeypatch, reply):
         starts = [0] * len(ids) if pad is None else pad.tolist()
         rows = [row[start:].tolist() for row, start in zip(ids, starts)]
         prompts.extend(rows)
-        new = [[*reply(row), end] for row in rows]
-        new = [row + [end] * (max(map(len, new)) - len(row)) for row in new]
+        new = [[*reply(row), *end[:1]] for row in rows]
+        new = [row + end[:1] * (max(map(len, new)) - len(row)) for row in new]
         return torch.cat([ids, torch.tensor(new)], 1)
 
     monkeypatch.setattr(prt, "generate", generate)
@@ -469,8 +469,8 @@ def test_the_refused_command_lines_run_without_their_fault(request, capfd, fixtu
 
 ACTS = {"images": (EVAL, "--limit 3", "--speculative", "--temperature 1", "--new-tokens 3", "--compile",
                    "--seed 1",
-                   "--apply-chat-template"),
-        "a table of text": (ASK, "--picture {out}/x.png", "--apply-chat-template"),
+                   "--chat-template"),
+        "a table of text": (ASK, "--picture {out}/x.png", "--chat-template"),
         "--prompt": (ASK + "--prompt a ", "--json {out}/x.json", "--data sums.jsonl", "--tasks gsm8k",
                      "--picture x.png"),
         "--tasks": ("eval.py --reward {reward} --base {new} --tasks gsm8k ", "--data sums.jsonl",

@@ -25,7 +25,7 @@ from models import examples
 NO_DEFAULT = {
     "train_vision.py": "resume augment compile",
     "train_lm.py": "resume drop recompute compile",
-    "eval.py": "run reward base tuned-source tuned-base tasks apply-chat-template limit json picture prompt "
+    "eval.py": "run reward base tuned-source tuned-base tasks chat-template limit json picture prompt "
                "speculative compile"}
 
 

@@ -15,7 +15,8 @@ from models.cache import attention_mask
 from models.gpt import GPT
 from models.pretrain import OLD
 
-NAMES = ["gpt2", "gpt2_hub", "llama2", "llama3", "falcon3", "qwen2"]
+FAMILIES = ["qwen3", "olmo2", "smollm3", "mistral"]
+NAMES = ["gpt2", "gpt2_hub", "llama2", "llama3", "falcon3", "qwen2", *FAMILIES]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,11 +55,13 @@ PARTS = [7, 1, 1, 4, 1, 6]
 PADDING = [0, 3, 9]  # 9: more than the first part
 
 
-@pytest.fixture(params=itertools.product(["gpt2", "llama3", "falcon3", "qwen2"], [None, PADDING]), ids=str)
+@pytest.fixture(params=itertools.product(["gpt2", "llama3", "falcon3", "qwen2", *FAMILIES], [None, PADDING]),
+                ids=str)
 def case(request):
     """A model, ids [3, 20], a cache, and the logits of each row without cache and padding, nan at padding."""
-    (name, pad), ids = request.param, random_ids(3, 20)
+    name, pad = request.param
     model = load(name)
+    ids = random_ids(3, 20) % model.size
     want = torch.full((3, 20, model.size), math.nan)
     with torch.no_grad():
         for row, n in enumerate(pad or [0] * 3):
@@ -102,7 +105,7 @@ def test_a_cache_forgets_what_comes_after_a_smaller_at(case, at, tokens):
     """Catches: Dropped tokens are still attended to after others took their positions."""
     logits(case, case.ids)
     case.cache.at = at
-    logits(case, random_ids(3, tokens, seed=1))
+    logits(case, random_ids(3, tokens, seed=1) % case.model.size)
     case.cache.at = at
     assert_near(logits(case, case.ids[:, at:]), case.want[:, at:])
 
@@ -128,7 +131,7 @@ def test_tokens_without_room_are_refused():
     model.features(random_ids(1, 2), cache)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "olmo2"])
 def test_bfloat16_weights_are_near_the_float32_logits(name):
     """Catches: Mixed types fail, or the cache of frozen weights takes twice the memory."""
     model, io = load(name, dtype=torch.bfloat16), expected(name)
@@ -151,10 +154,10 @@ def test_far_positions_in_bfloat16_are_near_the_float32_logits():
     assert error(model(ids).float(), want) < 0.05 * want.abs().max()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", *FAMILIES])
 def test_recompute_gives_the_same_gradients(name):
     """Catches: Activation checkpointing recomputes something else, or does not recompute at all."""
-    model, ids, passes, gradients = load(name), random_ids(2, 12), [], []
+    model, ids, passes, gradients = load(name), random_ids(2, 12) % 128, [], []
     model.layers[1].mlp.register_forward_pre_hook(lambda *_: passes.append(model.recompute))
     for model.recompute in (False, True):
         loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -163,7 +166,8 @@ def test_recompute_gives_the_same_gradients(name):
     assert all(error(a, b) < 1e-6 for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("name, recompute", [("gpt2", False), ("qwen2", True)])
+@pytest.mark.parametrize("name, recompute", [("gpt2", False), ("qwen2", True), ("qwen3", True),
+                                             ("olmo2", False)])
 def test_training_is_compiled_in_one_piece_for_all_lengths(name, recompute):
     """Catches: The graph breaks at every attention, or each length of the texts is compiled anew."""
     model, counters = load(name), torch._dynamo.utils.counters
@@ -172,7 +176,7 @@ def test_training_is_compiled_in_one_piece_for_all_lengths(name, recompute):
     counters.clear()
     network = torch.compile(model, backend="eager")
     for T in (9, 14, 5, 30):
-        ids = random_ids(2, T + 1)
+        ids = random_ids(2, T + 1) % model.size
         logits = model.head(network(ids[:, :-1], torch.arange(2 * T)))
         assert error(logits, model(ids[:, :-1]).flatten(0, 1)) < 1e-5
         F.cross_entropy(logits, ids[:, 1:].flatten()).backward()

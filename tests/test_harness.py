@@ -48,7 +48,7 @@ def tilted(base, rewards=(), **how):
     """Returns the model that eval.py --tasks makes of a row with these models."""
     tokenizer = gpt.same_vocabulary({str(i): x for i, x in enumerate((base, *(x for _, x in rewards)))})
     row, how = Row("", None, base, rewards, base), answers.Decoding(**dict(batch=3) | how)
-    return harness.TiltedModel(row, tokenizer, None, base.arch["end"], base.arch["positions"], how)
+    return harness.TiltedModel(row, tokenizer, None, [base.arch["end"]], base.arch["positions"], how)
 
 
 def ask(model, kind, *arguments):
@@ -112,7 +112,7 @@ def test_log_likelihoods_are_sums_of_those_of_the_tilted_base(models):
     """Catches: The reward is left out or has another weight, or a greedy continuation is not marked."""
     base, reward = models
     model, prompt, length = tilted(base, [(2.5, reward)], new_tokens=3), [5, 7, 9, 11], 3
-    best, = answers.generate(model.row, [prompt], model.how, 10**6, model.room)
+    best, = answers.generate(model.row, [prompt], model.how, [10**6], model.room)
     requests = [best, *([*best[:k], best[k] - 1, *best[k + 1:]] for k in range(length))]
     results = model._loglikelihood_tokens([(None, prompt, answer) for answer in requests])
     assert [greedy for _, greedy in results] == [True, False, False, False]
@@ -233,7 +233,7 @@ def test_the_template_is_that_of_the_reward_if_it_is_asked_for(in_texts, tmp_pat
     monkeypatch.setattr(harness.TiltedModel, "tok_encode", lambda self, text, *args, **options: seen.append(
         text) or tok_encode(self, text, *args, **options))
     report(*EVAL_LM, "--reward", tmp_path / "talk.pt", "--tasks", write_task(tmp_path, "answer", task, docs),
-           *["--apply-chat-template"] * chat)
+           *["--chat-template"] * chat)
     prompt = "Be brief.\n\nA? Well, a\n\nB {}?"
     expected = f"<|user|>\n{prompt}\n<|assistant|>\nWell," if chat else f"{prompt} Well,"
     assert len(seen) == 8 and seen[1::2] == [expected] * 4

@@ -70,7 +70,13 @@ def norms_as_on_cuda(monkeypatch):
         monkeypatch.setattr(kind, "forward", norm)
 
 
-@pytest.mark.parametrize("arch", [bench.TEXTS["qwen2.5-0.5b"], FALCON, bench.TEXTS["gpt2"]])
+QWEN3 = bench.qwen2(1024, 28, 16, 8, 3072, 151936, True) | dict(
+    head_width=128, qkv_bias=False, qk_norm="head")
+OLMO2 = bench.qwen2(2048, 16, 16, 16, 8192, 100352, False) | dict(
+    qkv_bias=False, qk_norm="full", norms="after")
+
+
+@pytest.mark.parametrize("arch", [bench.TEXTS["qwen2.5-0.5b"], FALCON, bench.TEXTS["gpt2"], QWEN3, OLMO2])
 def test_a_layer_keeps_what_the_docstring_adds_up(arch, monkeypatch):
     """The tensors that autograd saves."""
     norms_as_on_cuda(monkeypatch)

@@ -3,6 +3,7 @@ import ast
 import functools
 import graphlib
 import re
+import tomllib
 from types import ModuleType, SimpleNamespace
 
 import helpers
@@ -13,7 +14,7 @@ from test_recipes import sizes
 
 import models
 import prt
-from data import files, images
+from data import files, images, schema
 from models import pretrain, scores, weights
 from models.clip import classifier
 from models.gpt import GPT
@@ -268,10 +269,13 @@ def test_the_readme_adds_a_family_of_models(tmp_path, monkeypatch):
     changed = ModuleType("changed")
     exec(compile(source, "gpt.py", "exec"), vars(changed))
     monkeypatch.setattr(models, "gpt", changed)
-    mistral = functools.partial(helpers.edited, name="llama2", model_type="mistral")
-    model, reference = weights.load(mistral(tmp_path, sliding_window=None)), helpers.expected("llama2")
+    table, = blocks("toml")
+    monkeypatch.setitem(schema.SCHEMAS, "seed_oss", tomllib.loads(table)["seed_oss"])
+    seed_oss = functools.partial(helpers.edited, name="qwen2", model_type="seed_oss", head_dim=16,
+                                 attention_bias=True, residual_dropout=0.1)
+    model, reference = weights.load(seed_oss(tmp_path)), helpers.expected("qwen2")
     with torch.no_grad():
         assert helpers.error(model(reference["ids"]), reference["logits"]) < 1e-4
-    for name, change in dict(stated=dict(sliding_window=4096), default={}).items():
-        with pytest.raises(ValueError, match="sliding_window 4096"):
-            weights.load(mistral(tmp_path / name, **change))
+    for key, value in dict(attention_bias=False, attention_out_bias=True, head_dim=None).items():
+        with pytest.raises(ValueError, match=key):
+            weights.load(seed_oss(tmp_path / key, **{key: value}))

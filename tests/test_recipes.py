@@ -46,7 +46,7 @@ def few(words):
     """Returns flags that make a command quick."""
     if words[0] != "eval.py":
         return FEW[words[0]]
-    is_text = any("gsm8k" in str(word) or "falcon" in str(word) for word in words)
+    is_text = any(name in str(word) for word in words for name in ("gsm8k", "falcon", "qwen3"))
     limit, new_tokens = "--prompt" not in words, "--tasks" not in words
     return is_text * (["--limit", 4] * limit + ["--new-tokens", 4] * new_tokens)
 
@@ -222,6 +222,33 @@ def test_the_recipe_on_text(hub, gpts, tmp_path, few_problems, capsys):
     assert [read(tmp_path / f"out/{name}.pt")["source"] for name in ("gsm8k-prt", "gsm8k-ft", "falcon")] == [
         train_lm.PAPER["source"]] * 2 + ["tiiuae/Falcon3-1B-Base"]
     assert {path.split("/resolve/")[0][1:] for path, _ in hub.seen} == gpts
+
+
+QWEN3 = [words for words in COMMANDS if any("Qwen3" in word for word in words)]
+
+
+def test_the_recipe_of_another_generation(hub, gpts, tmp_path, few_problems, capsys):
+    """Catches: A command of models/README.md fails: a chat template, or Qwen2.5's reward on Qwen3."""
+    names = [word for words in QWEN3 for word in words if word.startswith("Qwen/")]
+    assert names == [f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B", "8B")]
+    template = ("{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    for seed, repo in enumerate({*names}):
+        folder = write_gpt(tmp_path / f"qwen3-{seed}", "qwen3", "qwen2", seed, 1536, eos_token_id=1502,
+                           max_position_embeddings=2048)
+        (folder / "tokenizer_config.json").write_text(json.dumps(dict(chat_template=template)))
+        d = json.loads((folder / "tokenizer.json").read_text())
+        d["added_tokens"] += [dict(id=1503 + i, content=token, special=False) for i, token in enumerate(
+            ("<tool_response>", "</tool_response>", "<think>", "</think>"))]
+        (folder / "tokenizer.json").write_text(json.dumps(d))
+        publish(hub, repo, folder)
+    run(TEXT[0])
+    for words in QWEN3:
+        capsys.readouterr()
+        run(words)
+        printed = capsys.readouterr().out
+        assert ("no reward for 4 of the base's 1507 tokens" in printed) == ("out/gsm8k-prt.pt" in words)
+    assert read(tmp_path / "out/qwen3.pt")["chat"]["end"] == "<|im_end|>"
 
 
 # The two rings

@@ -16,8 +16,10 @@ from data.tokenizer import Tokenizer
 from models import gpt
 
 TEXTS = {name: (FIXTURES / name / "tokenizer.json").read_text("utf-8")
-         for name in ("llama3_tokenizer", "qwen2_tokenizer", "llama2_tokenizer", "stories260k")}
-LLAMA3, LLAMA2 = (json.loads(TEXTS[f"{name}_tokenizer"]) for name in ("llama3", "llama2"))
+         for name in ("llama3_tokenizer", "qwen2_tokenizer", "smollm2_tokenizer", "llama2_tokenizer",
+                      "stories260k")}
+LLAMA3, LLAMA2, SMOLLM2 = (json.loads(TEXTS[f"{name}_tokenizer"])
+                           for name in ("llama3", "llama2", "smollm2"))
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "hello")]
 METASPACE = dict(type="Metaspace", replacement="▁", prepend_scheme="first", split=False)
 
@@ -77,7 +79,7 @@ def test_a_long_text_of_clip_keeps_its_end_token():
         assert ids == [49406, *[word] * kept, 49407, *[0] * (context - 2 - kept)]
 
 
-@pytest.mark.parametrize("name", ["llama3_tokenizer", "qwen2_tokenizer", "gpt2"])
+@pytest.mark.parametrize("name", ["llama3_tokenizer", "qwen2_tokenizer", "smollm2_tokenizer", "gpt2"])
 def test_the_ids_are_those_of_the_reference(tmp_path, name):
     """Catches: Words or merges differ, "# #" is taken for a comment, or Qwen2 is split as GPT-2."""
     if name == "gpt2":
@@ -241,6 +243,8 @@ REFUSED = {  # the changed dict, or its JSON, and words of the message
     "split that removes": (changed(LLAMA3, *SPLIT, behavior="Removed"), "not one isolated Split"),
     "inverted split": (changed(LLAMA3, *SPLIT, invert=True), "not one isolated Split"),
     "no split": (changed(small(), "pre_tokenizer", use_regex=False), "not one isolated Split"),
+    "groups of digits": (changed(SMOLLM2, *SPLIT, individual_digits=False), "not one isolated Split"),
+    "digits without words": (changed(SMOLLM2, *LEVEL, use_regex=False), "not one isolated Split"),
     "prefix space": (changed(LLAMA3, *LEVEL, add_prefix_space=True), "prefix space"),
     "no regular expression": (changed(LLAMA3, *SPLIT, pattern=dict(Regex="(")), "tokenizer.json"),
     "unknown begin": (changed(LLAMA3, post_processor=TEMPLATE | dict(single=[START, TEXT])), "<s>"),

@@ -171,8 +171,9 @@ def test_buffers_of_old_files_are_skipped(tmp_path, name, buffers):
     ("llama3", dict(rope_parameters=dict(rope_type="yarn")), "rope_type is 'yarn'"),
     ("llama3", OLD_ROPE | dict(rope_scaling=dict(type="linear", factor=2.0)), "type is 'linear'"),
     *((name, {key: value}, key) for name, key, value in [
-        ("llama2", "model_type", "mistral"), ("llama2", "attention_bias", True), ("llama2", "mlp_bias", True),
-        ("llama2", "hidden_act", "gelu"), ("llama2", "quantization_config", dict(bits=4)),
+        ("llama2", "model_type", "gemma3_text"), ("llama2", "attention_bias", True),
+        ("llama2", "mlp_bias", True), ("llama2", "hidden_act", "gelu"),
+        ("llama2", "quantization_config", dict(bits=4)),
         ("qwen2", "use_sliding_window", True), ("gpt2", "activation_function", "relu"),
         ("gpt2", "scale_attn_weights", False), ("gpt2", "scale_attn_by_inverse_layer_idx", True)]),
     *(("llama2", {key: None}, key) for key in ("model_type", "vocab_size", "rms_norm_eps")),
@@ -372,7 +373,7 @@ def numbers(values):
     return [key for key, value in values.items() if type(value) in (int, float)]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen2"])
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen2", "qwen3", "olmo2", "smollm3", "mistral"])
 def test_wrong_numbers_in_a_config_are_refused_if_they_are_read(tmp_path, name):
     dropout = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout") if name == "gpt2" else ()
     folder = edited(tmp_path, name, **dict.fromkeys((*UNREAD, *dropout), "x"))
@@ -510,10 +511,25 @@ def model_cfg(**change):
         (dict(layer_types=["sliding_attention"]), "layer_types"),
         (dict(sliding_window=64), "sliding_window 64"),
         (dict(embedding_multiplier=12.0), "embedding_multiplier"),
+        (dict(model_type="qwen3_next"), "qwen3_next"), (dict(text_config=dict(x=64)), "text_config"),
+        (dict(model_type="gemma3", text_config={}), "gemma3"), (dict(query_pre_attn_scalar=256), "query_pre"),
         (dict(is_causal=False), "is_causal"), (dict(pruned_heads={"0": [1]}), "pruned_heads")]),
     ("gpt2", dict(hidden_size=64), "n_embd or hidden_size"),
     ("gpt2", dict(add_cross_attention=True), "add_cross"),
-    ("qwen2", dict(num_key_value_heads=None), "num_key_value_heads is missing"),
+    *((name, dict(num_key_value_heads=None), "num_key_value_heads is missing")
+      for name in ("qwen2", "qwen3", "smollm3", "mistral")),
+    *(("qwen3", change, word) for change, word in [
+        (dict(head_dim=None), "head_dim is missing"), (dict(use_sliding_window=True), "use_sliding_window"),
+        (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
+        (dict(attention_bias=True), "attention_bias")]),
+    *(("smollm3", change, word) for change, word in [
+        (dict(no_rope_layers=[1, 2, 1, 1]), "no_rope_layers"),
+        (dict(no_rope_layers=[1]), "1 layers are said"), (dict(no_rope_layer_interval=0), "interval"),
+        (dict(use_sliding_window=True), "use_sliding_window")]),
+    ("olmo2", dict(clip_qkv=8.0), "clip_qkv 8.0"), ("olmo2", dict(sliding_window=4096), "sliding_window"),
+    ("olmo2", dict(rope_scaling=dict(type="yarn", factor=8.0)), "yarn"),
+    ("mistral", dict(layer_types=["sliding_attention"] * 2), "layer_types"),
+    ("mistral", dict(sliding_window=0.5), "sliding_window"),
     *(("openclip_vit", dict(preprocess_cfg={key: value}), key) for key, value in [
         ("resize_mode", "squash"), ("interpolation", "bilinear"), ("mode", "L"), ("std", [0.5, 0, 0.5]),
         ("center_crop", 0.9)]),
@@ -529,7 +545,7 @@ def test_no_key_of_a_config_is_ignored_unseen(tmp_path, name, change, word):
     refused(edited(tmp_path, name, **change), word)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen2"])
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen2", "qwen3", "olmo2", "smollm3", "mistral"])
 def test_a_config_that_transformers_writes_is_read(tmp_path, name):
     """Catches: A key that transformers always writes is taken for one that matters."""
     transformers = pytest.importorskip("transformers")
@@ -542,12 +558,55 @@ def test_a_config_that_transformers_writes_is_read(tmp_path, name):
 def test_what_generation_config_asks_for_is_told(tmp_path, capsys):
     folder = edited(tmp_path, "llama2")
     for content, words in [(dict(eos_token_id=2, temperature=0.6, repetition_penalty=1.0), None),
-                           (dict(eos_token_id=[2, 5], repetition_penalty=1.1),
-                            ["repetition_penalty 1.1", "[2, 5]"])]:
+                           (dict(repetition_penalty=1.1), ["repetition_penalty 1.1"])]:
         (folder / "generation_config.json").write_text(json.dumps(content))
-        end, printed = weights.load(folder).arch["end"], capsys.readouterr().out
-        assert ("not applied of generation_config.json" in printed) == bool(words) and end == 2
+        weights.load(folder)
+        printed = capsys.readouterr().out
+        assert ("not applied of generation_config.json" in printed) == bool(words)
         assert all(word in printed for word in words or ())
+
+
+@pytest.mark.parametrize("config, generation, ends", [
+    (2, None, [2]), (2, 2, [2]), (2, [5, 2], [2, 5]), ([7, 8], 9, [7, 8, 9]), (None, [9, 7], [9, 7]),
+    (None, None, [])])
+def test_the_first_end_token_of_the_config_ends_training(tmp_path, config, generation, ends):
+    """Catches: An answer of Llama 3.1 goes on after <|eot_id|>, which only generation_config.json names."""
+    folder = edited(tmp_path, "llama2", eos_token_id=config)
+    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=generation)))
+    arch = weights.load(folder).arch
+    assert gpt.end_ids(arch) == ends and arch["end"] == (ends[0] if ends else None)
+    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[5, "x"])))
+    refused(folder, "generation_config.json: eos_token_id")
+
+
+OLD_KEYS = dict(rope_parameters=None, rope_theta=5e5)
+
+
+@pytest.mark.parametrize("name, change, arch", [
+    ("qwen3", OLD_KEYS | dict(sliding_window=4096, max_window_layers=2), dict(tied=True, head_width=24)),
+    ("olmo2", OLD_KEYS, dict(tied=False, qk_norm="full", norms="after")), ("mistral", OLD_KEYS, {}),
+    ("smollm3", OLD_KEYS | dict(rope_theta=None, tie_word_embeddings=None), dict(tied=True)),
+    ("smollm3", OLD_KEYS | dict(rope_theta=2e6), dict(rope_layers=[True, False, True, True]))])
+def test_the_families_are_read_with_old_and_new_keys_of_rope(tmp_path, name, change, arch):
+    model = weights.load(edited(tmp_path, name, **change))
+    assert arch.items() <= model.arch.items()
+    assert_features(model, name)
+
+
+def test_what_a_config_leaves_out_is_as_in_transformers(tmp_path, capsys):
+    """Catches: SmolLM3 is untied, or has RoPE in every layer or another theta; Mistral reads far tokens."""
+    config = json.loads((FIXTURES / "smollm3/config.json").read_text())
+    for key in ("tie_word_embeddings", "no_rope_layers", "rope_parameters"):
+        del config[key]
+    arch = gpt.architecture(config)
+    assert arch["tied"] and arch["rope"]["theta"] == 2e6 and arch["rope_layers"] == [True, True, True, False]
+    assert gpt.architecture(config | dict(no_rope_layers=[0] * 9))["rope_layers"] == [False] * 4
+    config = json.loads((FIXTURES / "mistral/config.json").read_text())
+    for window, positions in ((32, 32), (None, 64), (100, 64)):
+        assert gpt.architecture(config | dict(sliding_window=window))["positions"] == positions
+        assert ("only 32 of 64 positions" in capsys.readouterr().out) == (window == 32)
+    del config["sliding_window"]
+    assert gpt.architecture(config | dict(max_position_embeddings=32768))["positions"] == 4096
 
 
 @pytest.mark.parametrize("sharded", [False, True])

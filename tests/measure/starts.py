@@ -115,7 +115,7 @@ def run(folder, cell):
     examples = problems(cell["part"])
     prompts = [text.token_ids(parts[:-1], tokenizer, end)[0] for _, parts in examples]
     truth = [answers.final_number(parts[-1][0]) for _, parts in examples]
-    written = answers.generate(row, prompts, answers.Decoding(new_tokens=16), end, 256)
+    written = answers.generate(row, prompts, answers.Decoding(new_tokens=16), [end], 256)
     return cell | dict(exact=answers.exact_match(truth, written, tokenizer)["exact"])
 
 

@@ -81,7 +81,7 @@ def score(args):
     room = min(model.arch["positions"] for model in named.values())
     how = answers.Decoding(len(prompts), room - max(map(len, prompts)), args.temperature)
     for row in rows:
-        written = answers.generate(row, prompts, how, end, room)
+        written = answers.generate(row, prompts, how, [end], room)
         stories = [tokenizer.decode(answer, first=False) for answer in written]
         share = sum(count("I", story) > count("[Ss]he|[Hh]e", story) for story in stories) / len(stories)
         error = (share * (1 - share) / len(stories)) ** 0.5

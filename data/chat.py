@@ -1,0 +1,155 @@
+"""Chat templates: the form of conversations that an instruction-tuned model knows, as its files state it.
+
+A template is Jinja text. jinja2 renders it in its sandbox with the values that transformers gives it, and a
+chat is a dict of plain values that a checkpoint can hold: template, tokens (such as bos_token, by name), date
+(of the day when it was read, which some templates print), and end (the text that follows every answer).
+"""
+import copy
+import datetime
+import functools
+import json
+import re
+from pathlib import Path
+
+from data import files, hub, text, text_files
+from data.tokenizer import alternatives
+
+ANSWER = "\ue000{}\ue001"  # stands for an answer while it is looked where the template puts it
+
+
+def read(name):
+    """Returns the chat of a model; name: a folder or Hub id in Hugging Face's layout.
+
+    Raises ValueError if it has no chat template, or one that writes no special token after an answer.
+    """
+    with files.explain(f"--chat-template: {name}", *files.DAMAGE):
+        if Path(name).is_file():
+            raise ValueError("a single file, which has no chat template: name a folder or Hub id")
+        config = files.read_json(hub.find(name, "tokenizer_config.json"))
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {x["name"]: x["template"] for x in template}.get("default")
+        if template is None or Path(name, "chat_template.jinja").exists():
+            template = files.read_text(hub.find(name, "chat_template.jinja"))
+        tokens = {k: x["content"] if isinstance(x, dict) else x for k, x in config.items()
+                  if k.endswith("_token") and isinstance(x, (dict, str))}
+        chat = dict(template=template, tokens=tokens, date=str(datetime.date.today()))
+        added = files.read_json(hub.find(name, "tokenizer.json")).get("added_tokens") or ()
+        messages = [dict(role="user", content="x"), dict(role="assistant", content=ANSWER)]
+        after = render(chat, messages).partition(ANSWER)[2].lstrip(" ")
+        ends = [x["content"] for x in added if x.get("special") and after.startswith(x["content"])]
+        if not ends:
+            raise ValueError(f"its template writes {after!r:.50} after an answer, which is no special token")
+        return chat | dict(end=max(ends, key=len))
+
+
+def render(chat, messages, answer=False):
+    """Returns the text of messages, dicts with role and content; answer: with what begins the next answer.
+
+    Raises ValueError with what the template says of messages that it cannot render.
+    """
+    with files.explain("the chat template", Exception):  # it is a program, which may raise anything
+        return compiled(chat["template"], chat["date"]).render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=answer, **chat["tokens"])
+
+
+@functools.cache
+def compiled(template, date):
+    """Returns a jinja2 template, with the functions that transformers offers to it."""
+    with files.explain("needs jinja2 from 3.1.6 on (pip install -U jinja2)", ImportError):
+        import jinja2.ext
+        import jinja2.sandbox
+        if [int(n) for n in re.findall(r"\d+", jinja2.__version__)[:3]] < [3, 1, 6]:
+            raise ImportError(f"its version {jinja2.__version__} has known ways out of its sandbox")
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} marks answers for training code; it renders what is inside."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals |= dict(raise_exception=raise_exception,
+                                strftime_now=datetime.datetime.fromisoformat(date).strftime)
+    return environment.from_string(template)
+
+
+def load(source, split, chat):
+    """Returns what text.load does, with conversations in the form of a chat template.
+
+    A prompt and its response are a message of the user, and the answer.
+    """
+    if source in ("arithmetic", "gsm8k"):
+        template, examples = text.load(source, split)
+    else:
+        template, examples = text_files.load(source, split, as_messages=True)
+    before, after = template.split("{}")
+    for i, (name, parts) in enumerate(examples):
+        with files.explain(f"{name}: --chat-template", ValueError):
+            if len(parts) == 1:
+                raise ValueError("a text without a prompt is no conversation")
+            if len(parts[0]) == 2:  # segments
+                (prompt, _), (response, counts) = parts
+                prompt = prompt.removeprefix(before).removesuffix(after)
+                parts = [("user", prompt, False), ("assistant", response.strip(), counts)]
+            examples[i] = name, segments(chat, parts)
+    return template, examples
+
+
+def with_special(tokenizer):
+    """Returns a copy of a Tokenizer that encodes special tokens in texts as such, and begins no text.
+
+    Raises ValueError if one of them takes the spaces around it, or is one only after normalization.
+    """
+    other, added = copy.copy(tokenizer), files.parse_json(tokenizer.text).get("added_tokens") or ()
+    late = [x["content"] for x in added if x.get("normalized")]
+    for x in added:
+        odd = any(x.get(k) for k in ("lstrip", "rstrip", "single_word"))
+        if odd or (x.get("special") and x.get("normalized") and tokenizer.spaced):
+            raise ValueError(f"--chat-template: special token {x['content']!r} takes the spaces around it, "
+                             "or is one only after normalization: not supported")
+    other.passes = [alternatives(x["content"] for x in added if x["content"] not in late),
+                    alternatives(map(tokenizer.normalize, late))]
+    other.added = {tokenizer.normalize(t) if t in late else t: i for t, i in
+                   ((x["content"], x["id"]) for x in added)}
+    other.begin, other.special = [], set()
+    return other
+
+
+def segments(chat, messages):
+    """Returns the segments of a conversation, as in data/text.py, up to its last answer.
+
+    messages: (role, content, counts) each, where counts is that of a segment. The end after an answer is not
+    in its segment, since text.token_ids puts it there; spaces around it are, since a tokenizer joins them
+    with its words. Raises ValueError if the template leaves out, repeats, or changes an answer.
+    """
+    answers = [(content, counts) for role, content, counts in messages if role == "assistant"]
+    marks = iter(ANSWER.format(i) for i in range(len(answers)))
+    marked = [dict(role=role, content=next(marks) if role == "assistant" else content)
+              for role, content, _ in messages]
+    pieces = re.split(ANSWER.format(r"\d+"), render(chat, marked))  # before, between, and after the answers
+    whole = render(chat, [dict(role=role, content=content) for role, content, _ in messages])
+    for change in (str, str.strip):
+        texts = [change(content) for content, _ in answers]
+        if whole == "".join(x for pair in zip(pieces, [*texts, ""]) for x in pair):
+            break
+    else:
+        raise ValueError("the chat template leaves out, repeats, or changes an answer")
+    parts = [(pieces[0].rstrip(" "), False)]
+    for before, after, content, (_, counts) in zip(pieces, pieces[1:], texts, answers):
+        rest = after.lstrip(" ")
+        if not rest.startswith(chat["end"]):
+            raise ValueError(f"the chat template writes {rest!r:.50} after an answer, not {chat['end']}")
+        spaces = [" " * (len(x) - len(y)) for x, y in ((before, before.rstrip(" ")), (after, rest))]
+        parts += [(content.join(spaces), counts), (rest.removeprefix(chat["end"]).rstrip(" "), False)]
+    return parts[:-1]
+
