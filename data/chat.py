@@ -22,7 +22,7 @@ def read(name):
 
     Raises ValueError if it has no chat template, or one that writes no special token after an answer.
     """
-    with files.explain(f"--chat-template: {name}", *files.DAMAGE):
+    with files.explain(f"--chat-template: {name}", OSError, *files.DAMAGE):
         if Path(name).is_file():
             raise ValueError("a single file, which has no chat template: name a folder or Hub id")
         config = files.read_json(hub.find(name, "tokenizer_config.json"))
@@ -122,6 +122,7 @@ def with_special(tokenizer):
     other.added = {tokenizer.normalize(t) if t in late else t: i for t, i in
                    ((x["content"], x["id"]) for x in added)}
     other.begin, other.special = [], set()
+    other.breaks = {*other.added.values()} if tokenizer.each_piece else set()
     return other
 
 

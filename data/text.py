@@ -68,7 +68,8 @@ def token_ids(parts, tokenizer, end):
     """Returns an example's ids, from tokenizer.begin on, and for each of them if the loss includes it."""
     ids, counts = [], []
     for text, counted in parts:
-        part = tokenizer.encode(text, first=not ids) + ([] if counted is False else [end])
+        first = not ids or ids[-1] in tokenizer.breaks
+        part = tokenizer.encode(text, first) + ([] if counted is False else [end])
         ids += part
         counts += [bool(counted)] * len(part)
     return tokenizer.begin + ids, [False] * len(tokenizer.begin) + counts

@@ -44,6 +44,8 @@ class Tokenizer:
             self.passes = [alternatives(matched[False]), alternatives(map(self.normalize, matched[True]))]
             self.added = {self.normalize(t) if t in matched[True] else t: i for t, i in added.items()}
             self.begin = beginning(d.get("post_processor") or {}, special)
+            # Tokens after which SentencePiece adds a space, if it does so to each piece between added tokens.
+            self.breaks = {added[t] for kind in matched.values() for t in kind} if self.each_piece else ()
         self.text, self.size = text, max(self.bytes) + 1
         every = rules, sorted(special.items()), *map(sorted, matched.values()), self.begin
         # Of what decides all ids, and of what decides those of ordinary tokens.

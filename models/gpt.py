@@ -429,10 +429,12 @@ def same_vocabulary(models, base=None):
     first, known = tokenizers[first_name], {tokenizer.hash: tokenizer for tokenizer in tokenizers.values()}
     for name, model in models.items():
         other = tokenizers[name].hash if name in tokenizers else model.info["tokenizer"]
-        if other != first.hash and base and other in known:
+        if other == first.hash:
+            continue
+        if base and other in known and known[other].ordinary == first.ordinary:
             from models import vocabulary  # an optional file
             vocabulary.adapt(model, known[other], models[base], first, name)
-        elif other != first.hash:
+        else:
             raise ValueError(f"{first_name} has {first.size} tokens ({first.hash[:8]}), {name} has others "
                              f"({other!s:.8}): a reward and its base must have the same tokenizer")
     size, rows = first.size, {name: model.size for name, model in models.items()}

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from conftest import FIXTURES, TALK, call, jsonl, one_line, read
-from helpers import edited
+from conftest import FIXTURES, TALK, call, interrupted, jsonl, one_line, read
+from helpers import edited, load, write_safetensors
 
 from data import chat, text
 from data.tokenizer import Tokenizer
@@ -105,7 +105,7 @@ def test_a_template_may_be_one_of_several_or_a_file_of_its_own(tmp_path):
 def test_special_tokens_that_take_spaces_are_refused():
     d = json.loads((FIXTURES / "qwen2_tokenizer/tokenizer.json").read_text())
     d["added_tokens"][-1]["rstrip"] = True
-    with pytest.raises(ValueError, match="takes spaces"):
+    with pytest.raises(ValueError, match="takes the spaces"):
         chat.with_special(Tokenizer(json.dumps(d), "x"))
 
 
@@ -117,7 +117,6 @@ def instructed(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "tokenizer/tokenizer.json").read_text())["added_tokens"][-1]["id"] + 1
     torch.manual_seed(0)
     folder = edited(tmp_path, "qwen2", vocab_size=rows, eos_token_id=rows - 3)
-    from helpers import load, write_safetensors
     tensors = {f"model.{k}": x for k, x in load("qwen2").state_dict().items()}
     tensors["model.embed_tokens.weight"] = 0.1 * torch.randn(rows, 64)
     write_safetensors(folder / "model.safetensors", tensors)
@@ -173,9 +172,8 @@ def test_a_reward_without_a_template_takes_that_of_the_base_if_asked(instructed,
 
 def test_a_resumed_run_keeps_the_date_of_its_template(instructed, monkeypatch):
     """Catches: On the next day a template prints another date, and --resume is refused."""
-    from conftest import interrupted
-    name = write(instructed, "headers")
-    assert name == instructed
+    template = "Today: {{ strftime_now('%d %m') }}" + CASES["families"]["chatml"]["template"]
+    write(instructed, "chatml", chat_template=template)
     interrupted(*TRAIN, "--data", "talk.jsonl", "--chat-template", "--out", "r.pt")
     before = read("r.pt")["chat"]
     monkeypatch.setattr(chat, "read", lambda name: dict(before, date="1999-01-01"))

@@ -90,10 +90,10 @@ CHATS = dict(
     roles=("smollm2_tokenizer", ROLES, ["<|endoftext|>"],
            dict(bos_token="<|endoftext|>", eos_token="<|endoftext|>")))
 WORDS = [  # also of digits that are not 0 to 9, spaces of other widths, and marks that join
-    "It's", "3.14159", "isn't", "naïve", "café", "123456", "日本語", "🎉👩\u200d👩\u200d👧",
-    "x**2", "# comment", "$1,234.56", "DON'T!", "\u00bd", "\u00b2", "\u2460", "\u2167", "\u0663\u0664",
-    "hello", "world", "'ll", "a", "B", "\u2019s", "…", "<|im_end|> ", "_", "\t", "\n", "\r\n", " ", "  ", "\u00a0", "\u3000", "0", "9", "x" * 30,
-    "e\u0301", "ﬁ", "!?", "word"]
+    "It's", "3.14159", "isn't", "naïve", "café", "123456", "日本語", "🎉👩\u200d👩\u200d👧", "x**2",
+    "# comment", "$1,234.56", "DON'T!", "\u00bd", "\u00b2", "\u2460", "\u2167", "\u0663\u0664", "hello",
+    "world", "'ll", "a", "B", "\u2019s", "…", "<|im_end|> ", "_", "\t", "\n", "\r\n", " ", "  ", "\u00a0",
+    "\u3000", "0", "9", "x" * 30, "e\u0301", "ﬁ", "!?", "word"]
 
 
 def family(name, sizes):
