@@ -24,7 +24,7 @@ from models import examples
 # The flags that have no default: a run or a table does without them.
 NO_DEFAULT = {
     "train_vision.py": "resume augment compile",
-    "train_lm.py": "resume drop recompute compile",
+    "train_lm.py": "resume chat-template drop recompute compile",
     "eval.py": "run reward base tuned-source tuned-base tasks chat-template limit json picture prompt "
                "speculative compile"}
 

@@ -31,6 +31,7 @@ SETTINGS = [dict(until=["."], max_gen_toks=30), dict(until=["\n", " a"], max_gen
 REQUESTS = dict(loglikelihood=PAIRS, generate_until=[(x, y) for x, _ in PAIRS[:18:3] for y in SETTINGS],
                 loglikelihood_rolling=[PAIRS[3][0], PAIRS[12][0], 5 * PAIRS[15][0], "One day, ", "x"])
 
+ASK = EVAL_LM[:-2]  # without --new-tokens, which tasks say
 QUESTIONS = [" Tom has 7 apples.", " Eva has 4 bags.", " Ben picks 3.", " 3 + 4 ="]
 
 
@@ -193,7 +194,7 @@ def bits_per_byte(model, *texts):
 
 def test_the_tables_have_a_row_for_each_way_to_use_the_models(models, tasks, report, capsys):
     """Catches: A row is scored with another row's models, or a score stands in another's column."""
-    about = report(*EVAL_LM, "--tasks", *tasks, "--tuned-source", TUNED_SOURCE, "--beta", 1, 0.5)
+    about = report(*ASK, "--tasks", *tasks, "--tuned-source", TUNED_SOURCE, "--beta", 1, 0.5)
     (base, reward), old, tuned = models, weights.load(OLD), weights.load(TUNED_SOURCE)
     rows = {(row["method"], row["beta"]): row["tasks"] for row in about["rows"]}
     expected = {("base alone", None): (base, []), ("base + reward (PRT)", 1): (base, [(1.0, reward)]),
@@ -210,14 +211,15 @@ def test_the_tables_have_a_row_for_each_way_to_use_the_models(models, tasks, rep
     assert about["lm_eval"] == lm_eval.__version__ and about["examples"] == "all"
     *lines, last = capsys.readouterr().out.splitlines()
     assert [re.split("  +", line) for line in lines if " beta " in line] == [
-        ["choice", "beta", "acc", "std. err."], ["answer", "beta", "exact_match,strip", "std. err."],
-        ["perplexity", "beta", "word_perplexity", "bits_per_byte"]]
+        ["choice", "beta", "acc,none", "acc_stderr,none"],
+        ["answer", "beta", "exact_match,strip", "exact_match_stderr,strip"],
+        ["perplexity", "beta", "word_perplexity,none", "bits_per_byte,none"]]
     scores = rows["base + EFT", 0.5]["perplexity"].values()
     assert re.split("  +", last) == ["base + EFT", "0.5", *(f"{x:.4f}" for x in scores)]
 
 
 def test_limit_is_the_number_of_examples_of_each_task(models, tasks, report):
-    row = report(*EVAL_LM, "--tasks", *tasks, "--limit", 1)["rows"][0]["tasks"]
+    row = report(*ASK, "--tasks", *tasks, "--limit", 1)["rows"][0]["tasks"]
     assert row["answer"]["exact_match,strip"] == 0  # the first question's answer is another one
     assert row["perplexity"]["bits_per_byte,none"] == bits_per_byte(tilted(models[0]), " 3 + 4 = 7")
 
@@ -232,11 +234,23 @@ def test_the_template_is_that_of_the_reward_if_it_is_asked_for(in_texts, tmp_pat
     seen, tok_encode = [], harness.TiltedModel.tok_encode
     monkeypatch.setattr(harness.TiltedModel, "tok_encode", lambda self, text, *args, **options: seen.append(
         text) or tok_encode(self, text, *args, **options))
-    report(*EVAL_LM, "--reward", tmp_path / "talk.pt", "--tasks", write_task(tmp_path, "answer", task, docs),
+    report(*ASK, "--reward", tmp_path / "talk.pt", "--tasks", write_task(tmp_path, "answer", task, docs),
            *["--chat-template"] * chat)
     prompt = "Be brief.\n\nA? Well, a\n\nB {}?"
     expected = f"<|user|>\n{prompt}\n<|assistant|>\nWell," if chat else f"{prompt} Well,"
     assert len(seen) == 8 and seen[1::2] == [expected] * 4
+
+
+def test_a_chat_template_gets_the_messages_of_lm_eval(models):
+    """Catches: The system message is joined with the question, or a begun answer is a turn of its own."""
+    model = tilted(models[0])
+    model.chat = dict(tokens={}, date="2026-01-01", end="x", template=(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"))
+    history = [dict(role="system", content="S"), dict(role="user", content="U")]
+    assert model.apply_chat_template(history) == "[system]S[user]U[assistant]"
+    begun = [*history, dict(role="assistant", content="Well,")]
+    assert model.apply_chat_template(begun, add_generation_prompt=False) == "[system]S[user]U[assistant]Well,"
 
 
 @pytest.mark.parametrize("task, settings, words", [
@@ -250,6 +264,6 @@ def test_a_bad_task_is_refused_in_one_line(in_texts, tmp_path, capfd, task, sett
     if settings:
         docs = [dict(question=" Tom has", answer="7", choices=[" 7", " 8" * 300], label=0)]
         task = write_task(tmp_path, "x", settings, docs)
-    code = call(*EVAL_LM, "--tasks", task)
+    code = call(*ASK, "--tasks", task)
     err = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
     one_line(code, "\n".join(err), *words)

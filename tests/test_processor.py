@@ -166,6 +166,10 @@ def test_in_transformers_the_readme_is_right_for_padded_prompts(their_generate, 
     monkeypatch.setattr(weights, "load", lambda name, dtype: models.reward)
     inputs, found = dict(input_ids=PROMPTS, attention_mask=MASK), []
     model = SimpleNamespace(generate=lambda **options: found.append(their_generate(**options)))
-    run(code.replace('"cuda"', '"cpu"'), model=model, inputs=inputs)
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(FIXTURES / "stories260k")
+    text = tokenizer.backend_tokenizer.to_str()
+    monkeypatch.setitem(models.reward.info, "tokenizer", text)
+    run(code.replace('"cuda"', '"cpu"'), model=model, inputs=inputs, tokenizer=tokenizer)
     want = prt.generate(models.base, [(1.0, models.reward)], PROMPTS, length=20, pad=torch.tensor(PAD))
     assert found[0].equal(want)

@@ -189,13 +189,13 @@ def test_the_readme_counts_right_colors_and_right_forms(code, in_shapes, capsys)
 def test_the_readme_puts_a_reward_on_a_model_of_another_program(code, tmp_path, monkeypatch):
     """Catches: The continuation is not that of prt.generate, or the padding of a batch changes it."""
     torch.manual_seed(0)  # the snippet's bfloat16 changes no most likely token of these models
-    base = GPT(pretrain.GPTS["old"] | dict(vocab=40, end=39)).eval()
+    text = pretrain.TOKENIZER.read_text()
+    base = GPT(pretrain.GPTS["old"] | dict(vocab=550, end=549)).eval()
     torch.manual_seed(1)
     model, ids, pad = GPT(base.arch).eval(), torch.tensor([[3, 1, 4, 1, 5], [39, 39, 39, 2, 6]]), [0, 2]
     files.save(tmp_path / "out/gsm8k-prt.pt",
                dict(kind="gpt", method="prt", beta=1.0, arch=model.arch, model=model.state_dict(),
-                    data="gsm8k",
-                    source="x", tokenizer="", template="{}"))
+                    data="gsm8k", source="x", tokenizer=text, template="{}"))
     continuations = []
 
     @torch.no_grad()
@@ -210,6 +210,7 @@ def test_the_readme_puts_a_reward_on_a_model_of_another_program(code, tmp_path, 
 
     monkeypatch.chdir(tmp_path)
     run(code.replace('"cuda"', '"cpu"'), model=SimpleNamespace(generate=generate),
+        tokenizer=SimpleNamespace(backend_tokenizer=SimpleNamespace(to_str=lambda: text)),
         inputs=dict(input_ids=ids, attention_mask=(torch.arange(5) >= torch.tensor(pad)[:, None]).long()))
     result, = continuations
     for row, n, given in zip(result, pad, ids):
