@@ -7,6 +7,7 @@ Families are small random models in the public layout, with transformers' logits
 tokenizer has SmolLM2's steps, with the ids of 200 strings. The chats are 20 conversations in the form of four
 chat templates, which are written here in the style of each family, with transformers' ids.
 """
+import gzip
 import json
 import random
 from pathlib import Path
@@ -117,7 +118,8 @@ def family(name, sizes):
 
 
 def tokenizer():
-    corpus = [line for path in sorted(OUT.parents[1].glob("*.md")) for line in path.read_text().splitlines()]
+    rows = gzip.decompress((OUT.parents[1] / "data/gsm8k-train.jsonl.gz").read_bytes()).splitlines()[:1000]
+    corpus = [json.loads(row)["question"] for row in rows]
     t = tokenizers.Tokenizer(tokenizers.models.BPE())
     t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                pre_tokenizers.ByteLevel(add_prefix_space=False)])
