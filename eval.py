@@ -397,7 +397,7 @@ def text_answers(args, device, models):
         with files.explain("--prompt", ValueError):
             asked = info["template"].replace("{}", args.prompt)
             if chat:
-                asked = chats.render(chat, [dict(role="user", content=args.prompt)], answer=True)
+                asked = chats.prompt(chat, [dict(role="user", content=args.prompt)])
             prompt = tokenizer.begin + tokenizer.encode(asked)
         if not prompt:
             raise ValueError("--prompt: an empty prompt cannot be continued")

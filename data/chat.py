@@ -43,14 +43,24 @@ def read(name):
         return chat | dict(end=max(ends, key=len))
 
 
-def render(chat, messages, answer=False):
-    """Returns the text of messages, dicts with role and content; answer: with what begins the next answer.
+def prompt(chat, messages):
+    """Returns the text of messages up to where the next answer begins, as before an answer in training.
+
+    In most templates this is what transformers renders with add_generation_prompt; in Qwen3's, with its
+    enable_thinking=False as well: an answer in training has an empty block of thoughts before it.
+    """
+    answer = dict(role="assistant", content=ANSWER)
+    return render(chat, [*messages, answer]).partition(ANSWER)[0].rstrip(" ")
+
+
+def render(chat, messages):
+    """Returns the text of messages, dicts with role and content, as transformers' apply_chat_template.
 
     Raises ValueError with what the template says of messages that it cannot render.
     """
     with files.explain("the chat template", Exception):  # it is a program, which may raise anything
         return compiled(chat["template"], chat["date"]).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=answer, **chat["tokens"])
+            messages=messages, tools=None, documents=None, add_generation_prompt=False, **chat["tokens"])
 
 
 @functools.cache
