@@ -354,7 +354,7 @@ def text_answers(args, device, models):
     """Prints the table of text, or those of lm_eval's tasks, or the answers to one prompt."""
     from data import text
     from models import answers
-    from models.gpt import end_ids, same_vocabulary
+    from models.gpt import same_vocabulary
     info, base = models.rewards[0].info, models.base
     names = (*args.reward, args.base, args.source or info["source"], args.tuned_source, args.tuned_base)
     pairs = [(name, model) for name, model in zip(names, (*models.rewards, *models[1:])) if model]
@@ -364,22 +364,7 @@ def text_answers(args, device, models):
         model.size = base.size
     for name, model in pairs:  # also those of a path that is given twice
         model.reads = named[name].reads
-    end, reads = models.rewards[0].arch["end"], models.rewards[0].reads
-    if end is None:
-        raise ValueError(f"{args.reward[0]}: has no end token, so that no answer would end")
-    if reads is not None and (end >= len(reads) or reads[end] != end):  # it is not a token of the base
-        end = base.arch["end"]
-    chat = info.get("chat")
-    if chat or args.chat_template:
-        from data import chat as chats  # an optional file
-    if args.chat_template and not chat and info["template"] in ("{}", text.GSM8K):  # not of messages
-        chat = chats.read(args.base)
-    if chat and (args.chat_template or not args.tasks):
-        tokenizer = chats.with_special(tokenizer)
-    ends = [*dict.fromkeys([end, *(tokenizer.encode(chat["end"]) if chat else []), *end_ids(base.arch)])]
-    if len(ends) > len(end_ids(base.arch)):
-        print(f"answers end at id {end}, as in the reward's training, and at {args.base}'s own end tokens, "
-              f"{ends[1:]}")
+    chat, tokenizer, ends = conversation(args, models, tokenizer)
     how = answers.Decoding(args.batch, args.new_tokens, args.temperature, args.top_p, args.seed,
                            args.speculative, args.compile)
     if args.speculative and args.batch > 4:
@@ -389,7 +374,7 @@ def text_answers(args, device, models):
     if "auto" in (args.beta or []):
         trained, examples = info["args"], text.load(info["data"], "train", info.get("chat"))[1]
         share = held_out_share(args, models, dict.fromkeys(models.given(), text.fingerprint(examples)))
-        train = text.encode(examples, tokenizer, end, trained.get("length", 1024), trained.get("drop"))
+        train = text.encode(examples, tokenizer, ends[0], trained.get("length", 1024), trained.get("drop"))
         held_out = text.batches(train, runs.hold_out(len(train.ids), share)[1][:args.limit], how.scored)
     rows = plan(args, models, lambda row: -scores.score_texts(row.base, row.rewards, held_out)["nll"])
     if args.prompt is not None:
@@ -397,6 +382,7 @@ def text_answers(args, device, models):
         with files.explain("--prompt", ValueError):
             asked = info["template"].replace("{}", args.prompt)
             if chat:
+                from data import chat as chats
                 asked = chats.prompt(chat, [dict(role="user", content=args.prompt)])
             prompt = tokenizer.begin + tokenizer.encode(asked)
         if not prompt:
@@ -413,6 +399,39 @@ def text_answers(args, device, models):
         task_tables(args, device, models, rows, how, tokenizer, ends, room, form)
     else:
         text_table(args, device, models, rows, how, tokenizer, ends, room)
+
+
+def conversation(args, models, tokenizer):
+    """Returns the chat template of the prompts or None, their Tokenizer, and the ids that end an answer.
+
+    These are the end token of the reward's training, which comes first, and all those of the base.
+    """
+    from data import text
+    from models.gpt import end_ids
+    info, reads = models.rewards[0].info, models.rewards[0].reads
+    end, own = models.rewards[0].arch["end"], end_ids(models.base.arch)
+    if end is None:
+        raise ValueError(f"{args.reward[0]}: has no end token, so that no answer would end")
+    if reads is not None and (end >= len(reads) or reads[end] != end):  # it is not a token of the base
+        end = models.base.arch["end"]
+    chat, ends = info.get("chat"), [end, *own]
+    if chat and args.tasks and not args.chat_template:
+        chat = None
+    elif args.chat_template and not chat and info["template"] in ("{}", text.GSM8K):  # not of messages
+        from data import chat as chats  # an optional file
+        chat = chats.read(args.base)
+    if chat:
+        from data import chat as chats
+        tokenizer = chats.with_special(tokenizer)
+        if len(ids := tokenizer.encode(chat["end"])) > 1:
+            raise ValueError(f"{chat['end']}, the end of an answer in the chat template, is no token "
+                             f"of {args.base}")
+        ends += ids
+    ends = [i for i in dict.fromkeys(ends) if i is not None]
+    if {*ends} != {*own}:
+        print(f"answers end at id {end}, as in the reward's training, and at {args.base}'s own end tokens, "
+              f"{own}")
+    return chat, tokenizer, ends
 
 
 def text_table(args, device, models, rows, how, tokenizer, ends, room):

@@ -134,5 +134,7 @@ def load(info, dtype, source):
             model.set_submodule(name, layer.merged())
     if info["lora"]["new_head"]:
         model.arch["tied"] = False
+    if info["kind"] == "gpt":
+        model.arch["end"] = info["arch"]["end"]  # of the training: a chat template may have its own
     model.info = {k: v for k, v in info.items() if k != "model"}
     return model

@@ -10,7 +10,7 @@ from helpers import edited, load, write_safetensors
 
 from data import chat, text
 from data.tokenizer import Tokenizer
-from models import answers
+from models import answers, weights
 
 CASES = json.loads((FIXTURES / "chats/expected.json").read_text())
 TALKS = CASES["conversations"]
@@ -166,6 +166,27 @@ def test_a_reward_remembers_its_template_and_is_asked_with_it(instructed, monkey
     asked = tokenizer.decode(prompts[-1][0][0])
     assert asked.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
     assert asked.endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_low_rank_reward_ends_as_in_its_training(instructed, capfd):
+    """Catches: The end of the source's own texts comes back with its weights, and no answer ends."""
+    assert call(*TRAIN, "--data", "sums.jsonl", "--lora", 2, "--chat-template", "--out", "r.pt") == 0
+    assert weights.load("r.pt").arch["end"] == read("r.pt")["arch"]["end"] != weights.load("qwen2").arch["end"]
+    config = instructed / "tokenizer.json"  # of a base that does not have the token
+    config.write_text(config.read_text().replace("<|im_end|>", "<|other|>"))
+    capfd.readouterr()
+    code = call("eval.py", "--reward", "r.pt", "--base", "qwen2", "--device", "cpu", "--prompt", "2 + 1")
+    one_line(code, capfd.readouterr().err, "same tokenizer")
+
+
+def test_a_base_without_the_end_of_the_template_is_refused(instructed, capfd):
+    assert call(*TRAIN, "--data", "sums.jsonl", "--chat-template", "--out", "r.pt") == 0
+    shutil.copytree(instructed, "other")
+    text = (instructed / "tokenizer.json").read_text().replace("<|im_end|>", "<|other|>")
+    (instructed.parent / "other/tokenizer.json").write_text(text)
+    capfd.readouterr()
+    code = call("eval.py", "--reward", "r.pt", "--base", "other", "--device", "cpu", "--prompt", "2 + 1")
+    one_line(code, capfd.readouterr().err, "<|im_end|>", "is no token of other")
 
 
 def test_a_reward_without_a_template_takes_that_of_the_base_if_asked(instructed, monkeypatch, capfd):

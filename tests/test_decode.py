@@ -333,6 +333,21 @@ def test_the_residual_of_equal_distributions_is_p():
     assert decode.residual(p, q).tolist() == [[0.25, 0.75], [0.5, 0]]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("way", WAYS)
+def test_a_row_ends_at_the_first_of_several_end_tokens(trained, traced, way):
+    """Catches: An answer goes on after the second end token of the base, or is filled with it."""
+    ids, pad = trained.cases[-1]
+    rewards, options = [(1.0, trained.reward)], dict(length=24, pad=pad)
+    long = prt.generate(trained.base, rewards, ids, **options)[:, ids.shape[1]:]
+    ends = [trained.end, long[0, 3].item(), long[1, 5].item()]
+    out = WAYS[way](trained.base, rewards, ids, end=ends, **options)[:, ids.shape[1]:]
+    for row, new in zip(long.tolist(), out.tolist()):
+        n = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        assert new == row[:n] + [trained.end] * (len(row) - n)
+    assert (out[0, 4:] == trained.end).all() and trained.end not in out[0, :3]
+
+
 def test_a_row_that_has_ended_does_not_hold_up_the_others():
     drafts = torch.tensor([[1, 2, 3], [1, 2, 3]])
     p, q = (torch.eye(5)[tokens] for tokens in (torch.tensor([[1, 2, 3, 4], [0, 0, 0, 0]]), drafts))

@@ -424,7 +424,7 @@ BAD = dict(paths={
     "empty prompt": (USE + "--data {root}/unasked.jsonl", "{root}/unasked.jsonl"),
     "no test data": (USE + "--reward {root}/file.pt", "sums.jsonl", "test split"),
     "no tokenizer": (USE + "--base {bare}", "{bare}", "tokenizer.json"),
-    "other tokenizer": (USE + "--base {root}/llama", "{root}/llama", "{reward} has 550 tokens"),
+    "other tokenizer": (USE + "--base {root}/llama", "{root}/llama has 400 tokens", "{reward} has others"),
     "image base": (USE + "--base {clip}", "{clip} is a base for images", "text"),
     "image reward": (USE + "--reward {shapes}", "{new} is a base for text", "images"),
     "reward as source": (USE + "--source {reward}", "{reward} is a reward"),
