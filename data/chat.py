@@ -4,7 +4,6 @@ A template is Jinja text. jinja2 renders it in its sandbox with the values that 
 chat is a dict of plain values that a checkpoint can hold: template, tokens (such as bos_token, by name), date
 (of the day when it was read, which some templates print), and end (the text that follows every answer).
 """
-import copy
 import datetime
 import functools
 import json
@@ -12,7 +11,7 @@ import re
 from pathlib import Path
 
 from data import files, hub, text, text_files
-from data.tokenizer import alternatives
+from data.tokenizer import Tokenizer
 
 ANSWER = "\ue000{}\ue001"  # stands for an answer while it is looked where the template puts it
 
@@ -72,24 +71,17 @@ def compiled(template, date):
         if [int(n) for n in re.findall(r"\d+", jinja2.__version__)[:3]] < [3, 1, 6]:
             raise ImportError(f"its version {jinja2.__version__} has known ways out of its sandbox")
 
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} marks answers for training code; it renders what is inside."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals |= dict(raise_exception=raise_exception,
                                 strftime_now=datetime.datetime.fromisoformat(date).strftime)
+    # {% generation %} marks answers for training code; here it is a block that is always rendered.
+    marks = re.compile(r"({%[-+]?\s*)(end)?generation(?=\s*[-+]?%})")
+    template = marks.sub(lambda mark: mark[1] + ("endif" if mark[2] else "if true"), template)
     return environment.from_string(template)
 
 
@@ -120,19 +112,11 @@ def with_special(tokenizer):
 
     Raises ValueError if one of them takes the spaces around it, or is one only after normalization.
     """
-    other, added = copy.copy(tokenizer), files.parse_json(tokenizer.text).get("added_tokens") or ()
-    late = [x["content"] for x in added if x.get("normalized")]
-    for x in added:
-        odd = any(x.get(k) for k in ("lstrip", "rstrip", "single_word"))
-        if odd or (x.get("special") and x.get("normalized") and tokenizer.spaced):
-            raise ValueError(f"--chat-template: special token {x['content']!r} takes the spaces around it, "
-                             "or is one only after normalization: not supported")
-    other.passes = [alternatives(x["content"] for x in added if x["content"] not in late),
-                    alternatives(map(tokenizer.normalize, late))]
-    other.added = {tokenizer.normalize(t) if t in late else t: i for t, i in
-                   ((x["content"], x["id"]) for x in added)}
-    other.begin, other.special = [], set()
-    other.breaks = {*other.added.values()} if tokenizer.each_piece else set()
+    d = files.parse_json(tokenizer.text)
+    for token in d.get("added_tokens") or ():
+        token["special"] = False
+    other = Tokenizer(json.dumps(d), "--chat-template")
+    other.text, other.hash, other.begin = tokenizer.text, tokenizer.hash, []
     return other
 
 
