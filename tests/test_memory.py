@@ -99,6 +99,18 @@ def test_a_layer_keeps_what_the_docstring_adds_up(arch, monkeypatch):
     assert (saved(2) - saved(1)) / 61 == pytest.approx(layer, rel=0.03)
 
 
+@pytest.mark.parametrize("arch", [QWEN3, OLMO2])
+def test_normalized_queries_have_the_dtype_of_autocast(arch, monkeypatch):
+    """Catches: Norms make them float32, so that shared keys are copied for each head on CUDA."""
+    norms_as_on_cuda(monkeypatch)
+    seen, attention = set(), F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv, **options: seen.update(
+        x.dtype for x in qkv) or attention(*qkv, **options))
+    with torch.autocast("cpu", torch.bfloat16):
+        GPT(arch | dict(vocab=64, positions=64, layers=1)).features(torch.zeros(1, 9, dtype=torch.long))
+    assert seen == {torch.bfloat16}
+
+
 def test_the_arithmetic_in_the_docstrings_is_right():
     assert memory.chunk_size(151_936, 80 * 10**9) == 2991 and "2,991 targets" in memory.chunk_size.__doc__
     assert memory.bytes_per_token(QWEN, False) == pytest.approx(24.4 * 59_136)

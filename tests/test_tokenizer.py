@@ -102,6 +102,14 @@ def test_the_ids_are_those_of_the_reference(tmp_path, name):
         assert tokenizer.decode(case["ids"]) == case["text"]
 
 
+@pytest.mark.parametrize("name", ["qwen2_tokenizer", "llama3_tokenizer", "llama2_tokenizer"])
+def test_the_ids_of_200_strings_are_those_of_the_tokenizers_library(name):
+    """Catches: Digits of other scripts, odd spaces, or joined emojis are split in another way."""
+    texts = [x["text"] for x in cases("smollm2_tokenizer/expected.json") if "<|" not in x["text"]]
+    tokenizer, ids = Tokenizer(TEXTS[name], name), cases("smollm2_tokenizer/others.json")[name]
+    assert len(texts) >= 200 and [tokenizer.encode(text) for text in texts] == ids
+
+
 def test_half_of_the_two_files_is_no_tokenizer_and_tokenizer_json_is_preferred(tmp_path):
     for name, expected in {"vocab.json": "", "tokenizer.json": "é", "merges.txt": "é"}.items():
         (tmp_path / name).write_text("é", "utf-8")

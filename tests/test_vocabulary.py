@@ -129,6 +129,26 @@ def test_all_ways_to_decode_write_the_same_text():
     assert torch.equal(text, prt.generate(base, rewards, ids[:1], length=24))
 
 
+@torch.no_grad()
+def test_the_harness_scores_unshared_tokens_as_the_base_does():
+    """Catches: A likelihood of lm_eval's is that of a model without its base's own tokens."""
+    pytest.importorskip("lm_eval")
+    from eval import Row
+    from models import answers, harness
+    base, reward = model(QWEN3, seed=1), model(QWEN2)
+    tokenizer = gpt.same_vocabulary(dict(base=base, reward=reward), "base")
+    context, said = tokenizer.encode("What is it?"), tokenizer.encode("<think>")
+    assert said == [base.size - 2]
+
+    def score(rewards):
+        row = Row("", None, base, rewards, base)
+        tilted = harness.TiltedModel(row, tokenizer, None, [0], 256, answers.Decoding())
+        return [x for x, _ in tilted._loglikelihood_tokens([(None, context, said), (None, context, [5])])]
+
+    alone, tilted = score([]), score([(1.0, reward)])
+    assert tilted[0] == pytest.approx(alone[0], abs=1e-5) and abs(tilted[1] - alone[1]) > 0.01
+
+
 @pytest.fixture
 def newer(in_texts, tmp_path):
     """The path of the example's new base with two more tokens."""

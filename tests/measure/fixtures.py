@@ -4,7 +4,7 @@ pip install transformers jinja2
 python tests/measure/fixtures.py
 
 Families are small random models in the public layout, with transformers' logits and greedy text. The
-tokenizer has SmolLM2's steps, with the ids of 200 strings. The chats are 20 conversations in the form of four
+tokenizer has SmolLM2's steps; beside it are the ids of 260 strings, of it and of the other tokenizers. The chats are 20 conversations in the form of four
 chat templates, which are written here in the style of each family, with transformers' ids.
 """
 import gzip
@@ -131,11 +131,16 @@ def tokenizer():
     folder.mkdir(exist_ok=True)
     t.save(str(folder / "tokenizer.json"))
     draw, cases = random.Random(0), []
-    for _ in range(200):
+    for _ in range(260):
         text = "".join(draw.choice(["", " "]) + draw.choice(WORDS) for _ in range(draw.randint(1, 8)))
         cases.append(dict(text=text, ids=t.encode(text, add_special_tokens=False).ids))
     lines = ",\n".join(json.dumps(x, ensure_ascii=False, separators=(",", ":")) for x in cases)
     (folder / "expected.json").write_text(f"[\n{lines}\n]\n")
+    texts, others = [x["text"] for x in cases if "<|" not in x["text"]], {}  # special in some of the others
+    for name in ("qwen2_tokenizer", "llama3_tokenizer", "llama2_tokenizer"):
+        t = tokenizers.Tokenizer.from_file(str(OUT / name / "tokenizer.json"))
+        others[name] = [t.encode(text, add_special_tokens=False).ids for text in texts]
+    (folder / "others.json").write_text(json.dumps(others, separators=(",", ":")).replace("]],", "]],\n"))
 
 
 def conversations():
