@@ -104,6 +104,14 @@ def test_an_answer_that_the_template_changes_is_refused(change, words):
         chat.segments(form, [("user", "a", False), ("assistant", "so </think> b", True)])
 
 
+def test_an_answer_counts_as_the_template_writes_it():
+    """Catches: A template that cuts off the spaces around an answer, as Llama 3's, is refused."""
+    template = CASES["families"]["headers"]["template"]
+    form = dict(template=template, tokens=dict(bos_token=""), date="2026-01-01", end="<|eot_id|>")
+    *_, last = chat.segments(form, [("user", " a ", False), ("assistant", " b c\n", True)])
+    assert last == ("b c", True)
+
+
 def test_a_template_may_be_one_of_several_or_a_file_of_its_own(tmp_path):
     several = [dict(name="tool_use", template="x"),
                dict(name="default", template=CASES["families"]["chatml"]["template"])]
@@ -150,7 +158,7 @@ def test_a_reward_remembers_its_template_and_is_asked_with_it(instructed, monkey
     assert call(*TRAIN, "--data", data, "--length", 200, "--drop", "--chat-template", "--out", "r.pt") == 0
     content, prompts = read("r.pt"), []
     form = content["chat"]
-    assert form == chat.read("qwen2")
+    assert form == chat.read("qwen2") and content["tokenizer"] == (instructed / "tokenizer.json").read_text()
     tokenizer = chat.with_special(Tokenizer(content["tokenizer"], "x"))
     assert [content["arch"]["end"]] == tokenizer.encode("<|im_end|>")
     assert "special tokens in text" not in capsys.readouterr().out

@@ -4,8 +4,9 @@ pip install transformers jinja2
 python tests/measure/fixtures.py
 
 Families are small random models in the public layout, with transformers' logits and greedy text. The
-tokenizer has SmolLM2's steps; beside it are the ids of 260 strings, of it and of the other tokenizers. The chats are 20 conversations in the form of four
-chat templates, which are written here in the style of each family, with transformers' ids.
+tokenizer has SmolLM2's steps; beside it are the ids of 260 strings, of it and of the other tokenizers. The
+chats are 20 conversations in the form of four chat templates, which are written here in the style of each
+family, with transformers' ids.
 """
 import gzip
 import json
