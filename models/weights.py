@@ -45,13 +45,8 @@ def load(name, role=None, text=None, dtype=torch.float32, source=None):
     try:
         if path.exists() and not path.is_dir():
             model = from_file(path, role, dtype, source)
-        elif hub.find(name, *(k for k, v in LAYOUTS.items() if text in (None, v))).name == "config.json":
-            from models import gpt
-            info = dict(kind="gpt", tokenizer=gpt.tokenizer_text(name))
-            model = build(info, *gpt.read_folder(name, dtype), dtype)
         else:
-            from models import clip
-            model = build(dict(kind="clip"), *clip.read_folder(name), dtype)
+            model = from_folder(name, text, dtype)
         found, is_text = ROLES[model.info.get("method", "base")], model.info["kind"] == "gpt"
     except files.DAMAGE as error:
         reason = " ".join(str(error).split()).removeprefix(f"{name}: ")[:400]
@@ -60,6 +55,22 @@ def load(name, role=None, text=None, dtype=torch.float32, source=None):
     if (found, is_text) != (needed, text):
         kinds = {True: "text", False: "images"}
         raise ValueError(f"{name} is {found} for {kinds[is_text]}; {needed} for {kinds[text]} is needed here")
+    return model
+
+
+def from_folder(name, text, dtype):
+    """Returns the model in a folder or of a Hub id; arguments as in `load`."""
+    config = hub.find(name, *(k for k, v in LAYOUTS.items() if text in (None, v)))
+    if config.name == "config.json":
+        from models import gpt
+        info = dict(kind="gpt", tokenizer=gpt.tokenizer_text(name))
+        model = build(info, *gpt.read_folder(name, dtype), dtype)
+    else:
+        from models import clip
+        model = build(dict(kind="clip"), *clip.read_folder(name), dtype)
+    if entries := files.read_json(config).get("prt"):
+        from models import export  # an optional file
+        model = export.restored(model, entries)
     return model
 
 
