@@ -383,7 +383,7 @@ def text_answers(args, device, models):
             asked = info["template"].replace("{}", args.prompt)
             if chat:
                 from data import chat as chats
-                asked = chats.prompt(chat, [dict(role="user", content=args.prompt)])
+                asked = chats.asked(chat, [dict(role="user", content=args.prompt)])
             prompt = tokenizer.begin + tokenizer.encode(asked)
         if not prompt:
             raise ValueError("--prompt: an empty prompt cannot be continued")
@@ -404,7 +404,8 @@ def text_answers(args, device, models):
 def conversation(args, models, tokenizer):
     """Returns the chat template of the prompts or None, their Tokenizer, and the ids that end an answer.
 
-    These are the end token of the reward's training, which comes first, and all those of the base.
+    These are what ended an answer in the reward's training, if the base has that token, the end of the chat
+    template, and the base's end tokens. The first one ends the reference answers.
     """
     from data import text
     from models.gpt import end_ids
@@ -413,7 +414,7 @@ def conversation(args, models, tokenizer):
     if end is None:
         raise ValueError(f"{args.reward[0]}: has no end token, so that no answer would end")
     if reads is not None and (end >= len(reads) or reads[end] != end):  # it is not a token of the base
-        end = models.base.arch["end"]
+        end = None
     chat, ends = info.get("chat"), [end, *own]
     if chat and args.tasks and not args.chat_template:
         chat = None
@@ -426,11 +427,12 @@ def conversation(args, models, tokenizer):
         if len(ids := tokenizer.encode(chat["end"])) > 1:
             raise ValueError(f"{chat['end']}, the end of an answer in the chat template, is no token "
                              f"of {args.base}")
-        ends += ids
-    ends = [i for i in dict.fromkeys(ends) if i is not None]
+        ends = ids + ends if chat is info.get("chat") else ends + ids
+    if not (ends := [i for i in dict.fromkeys(ends) if i is not None]):
+        raise ValueError(f"{args.base}: no token ends an answer, neither its own nor that of the reward")
     if {*ends} != {*own}:
-        print(f"answers end at id {end}, as in the reward's training, and at {args.base}'s own end tokens, "
-              f"{own}")
+        print(f"answers end at {', '.join(tokenizer.decode([i]) for i in ends)}; {args.base} itself ends at "
+              f"{', '.join(tokenizer.decode([i]) for i in own) or 'none'}")
     return chat, tokenizer, ends
 
 

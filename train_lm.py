@@ -47,8 +47,8 @@ def parse(argv=None):
     recipe.add_argument("--epochs", type=flags.positive(float), help="data passes if no --steps (default: 2)")
     recipe.add_argument("--length", type=flags.positive(int),
                         help="maximum number of tokens per example (default: 1024; pretrain: 65)")
-    recipe.add_argument("--chat-template", action="store_true", help="give conversations the form that "
-                        "--source was instruction-tuned with, instead of Tulu v2's")
+    recipe.add_argument("--chat-template", action="store_true", help="give conversations, or prompts and "
+                        "responses, the form that --source was instruction-tuned with")
     recipe.add_argument("--drop", action="store_true", help="drop longer examples instead of truncating them")
     machine.add_argument("--recompute", action="store_true", help="less memory by activation checkpointing")
     machine.add_argument("--chunk", type=flags.positive(int),
@@ -174,7 +174,8 @@ def load_models(args, chat=None):
         end, = tokenizer.encode(chat["end"])
     model.arch["end"] = end
     if end is None:
-        raise ValueError(f"{args.source}: its config.json names no eos_token_id, which ends every response")
+        raise ValueError(f"{args.source}: its config.json and generation_config.json name no eos_token_id, "
+                         "which ends every response")
     return model, source, tokenizer, end
 
 

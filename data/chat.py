@@ -13,7 +13,7 @@ from pathlib import Path
 from data import files, hub, text, text_files
 from data.tokenizer import Tokenizer
 
-ANSWER = "\ue000{}\ue001"  # stands for an answer while it is looked where the template puts it
+ANSWER = "\ue000{}\ue001"  # in the place of an answer, to see where the template puts it
 
 
 def read(name):
@@ -23,12 +23,13 @@ def read(name):
     """
     with files.explain(f"--chat-template: {name}", OSError, *files.DAMAGE):
         if Path(name).is_file():
-            raise ValueError("a single file, which has no chat template: name a folder or Hub id")
+            raise ValueError("a checkpoint; chat templates are read from a folder or Hub id")
+        file = hub.optional(name, "chat_template.jinja", "tokenizer.json")
         config = files.read_json(hub.find(name, "tokenizer_config.json"))
         template = config.get("chat_template")
         if isinstance(template, list):  # several, by name
             template = {x["name"]: x["template"] for x in template}.get("default")
-        if template is None or Path(name, "chat_template.jinja").exists():
+        if file or template is None:
             template = files.read_text(hub.find(name, "chat_template.jinja"))
         tokens = {k: x["content"] if isinstance(x, dict) else x for k, x in config.items()
                   if k.endswith("_token") and isinstance(x, (dict, str))}
@@ -42,24 +43,31 @@ def read(name):
         return chat | dict(end=max(ends, key=len))
 
 
-def prompt(chat, messages):
-    """Returns the text of messages up to where the next answer begins, as before an answer in training.
+def asked(chat, messages):
+    """Returns the text of messages and what begins an answer, as with add_generation_prompt in transformers.
 
-    In most templates this is what transformers renders with add_generation_prompt; in Qwen3's, with its
-    enable_thinking=False as well: an answer in training has an empty block of thoughts before it.
+    If the template writes more before an answer that is there, that is added, as in training: with Qwen3, an
+    empty block of thoughts (its enable_thinking=False).
     """
+    text = render(chat, messages, add_generation_prompt=True).rstrip(" ")
     answer = dict(role="assistant", content=ANSWER)
-    return render(chat, [*messages, answer]).partition(ANSWER)[0].rstrip(" ")
+    before = render(chat, [*messages, answer]).partition(ANSWER)[0].rstrip(" ")
+    return before if before.startswith(text) else text
 
 
-def render(chat, messages):
+def render(chat, messages, add_generation_prompt=False):
     """Returns the text of messages, dicts with role and content, as transformers' apply_chat_template.
 
-    Raises ValueError with what the template says of messages that it cannot render.
+    Raises ValueError with what the template says of messages that it cannot render, or if it leaves one out.
     """
     with files.explain("the chat template", Exception):  # it is a program, which may raise anything
-        return compiled(chat["template"], chat["date"]).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=False, **chat["tokens"])
+        text = compiled(chat["template"], chat["date"]).render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
+            **chat["tokens"])
+        if lost := [x for x in messages if x["content"].strip() not in text]:
+            raise ValueError(f"it leaves out or changes a message of role {lost[0]['role']}: "
+                             f"{lost[0]['content']!r:.60}")
+        return text
 
 
 @functools.cache
@@ -94,15 +102,15 @@ def load(source, split, chat):
         template, examples = text.load(source, split)
     else:
         template, examples = text_files.load(source, split, as_messages=True)
-    before, after = template.split("{}")
+    before, after = text.GSM8K.split("{}")  # the only form of a prompt beside the plain one
     for i, (name, parts) in enumerate(examples):
         with files.explain(f"{name}: --chat-template", ValueError):
             if len(parts) == 1:
                 raise ValueError("a text without a prompt is no conversation")
             if len(parts[0]) == 2:  # segments
-                (prompt, _), (response, counts) = parts
-                prompt = prompt.removeprefix(before).removesuffix(after)
-                parts = [("user", prompt, False), ("assistant", response.strip(), counts)]
+                (question, _), (response, counts) = parts
+                question = question.removeprefix(before).removesuffix(after)
+                parts = [("user", question, False), ("assistant", response.strip(), counts)]
             examples[i] = name, segments(chat, parts)
     return template, examples
 
@@ -125,26 +133,26 @@ def segments(chat, messages):
 
     messages: (role, content, counts) each, where counts is that of a segment. The end after an answer is not
     in its segment, since text.token_ids puts it there; spaces around it are, since a tokenizer joins them
-    with its words. Raises ValueError if the template leaves out, repeats, or changes an answer.
+    with its words. Raises ValueError if the template leaves out, repeats, or changes an answer, but for the
+    space around it.
     """
     answers = [(content, counts) for role, content, counts in messages if role == "assistant"]
     marks = iter(ANSWER.format(i) for i in range(len(answers)))
     marked = [dict(role=role, content=next(marks) if role == "assistant" else content)
               for role, content, _ in messages]
     pieces = re.split(ANSWER.format(r"\d+"), render(chat, marked))  # before, between, and after the answers
-    whole = render(chat, [dict(role=role, content=content) for role, content, _ in messages])
-    for change in (str, str.strip):
-        texts = [change(content) for content, _ in answers]
-        if whole == "".join(x for pair in zip(pieces, [*texts, ""]) for x in pair):
-            break
-    else:
-        raise ValueError("the chat template leaves out, repeats, or changes an answer")
+    rest = render(chat, [dict(role=role, content=content) for role, content, _ in messages])
     parts = [(pieces[0].rstrip(" "), False)]
-    for before, after, content, (_, counts) in zip(pieces, pieces[1:], texts, answers):
-        rest = after.lstrip(" ")
-        if not rest.startswith(chat["end"]):
-            raise ValueError(f"the chat template writes {rest!r:.50} after an answer, not {chat['end']}")
-        spaces = [" " * (len(x) - len(y)) for x, y in ((before, before.rstrip(" ")), (after, rest))]
-        parts += [(content.join(spaces), counts), (rest.removeprefix(chat["end"]).rstrip(" "), False)]
+    for before, after, (content, counts) in zip(pieces, pieces[1:], answers):
+        rest = rest.removeprefix(before)
+        forms = content, content.lstrip("\n"), content.lstrip(), content.rstrip(), content.strip()
+        written = next((form for form in forms if rest.startswith(form + after)), None)
+        if written is None or len(pieces) != len(answers) + 1:
+            raise ValueError(f"the chat template leaves out, repeats, or changes an answer: {content!r:.60}")
+        rest, behind = rest.removeprefix(written), after.lstrip(" ")
+        if not behind.startswith(chat["end"]):
+            raise ValueError(f"the chat template writes {behind!r:.50} after an answer, not {chat['end']}")
+        spaces = [" " * (len(x) - len(y)) for x, y in ((before, before.rstrip(" ")), (after, behind))]
+        parts += [(written.join(spaces), counts), (behind.removeprefix(chat["end"]).rstrip(" "), False)]
     return parts[:-1]
 

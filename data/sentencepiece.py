@@ -31,7 +31,7 @@ def spaced_texts(d):
         match steps:
             case {"normalizers": [{"prepend": "▁"}, {"pattern": {"String": " "}, "content": "▁"}]}, None, _:
                 if any(t.get("normalized") and not t.get("special") for t in d.get("added_tokens") or ()):
-                    raise ValueError("it has added tokens that are normalized, which Llama 2 has not")
+                    raise ValueError("added tokens that are matched in normalized text: not supported")
                 return "(?s:.)", True
             case None, {"replacement": "▁", "prepend_scheme": "first" | "always" as when, "split": False}, _:
                 return "[^ ▁]", when == "always"

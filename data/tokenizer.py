@@ -176,6 +176,9 @@ def split_pattern(d):
         case [{"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}], False:
             check_pattern(pattern)
             return f"{pattern}|(?:(?!{pattern})(?s:.))+"  # also matches the rest, which tiktoken would drop
+        case [{"pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True}], False:
+            check_pattern(pattern)
+            return pattern  # the rest is dropped
     raise ValueError(f"not one isolated Split before ByteLevel: {json.dumps(splits)}")
 
 

@@ -10,9 +10,9 @@ dict of plain values, which `architecture` makes of a config.json:
 
 and, if it is unlike Llama's:
 
-    ends (all ids that end an answer), norms ("after": of the outputs of attention and MLP, not before them),
-    qk_norm (of queries and keys: "head", each head on its own, or "full", all heads together), rope_layers
-    (for each layer, whether it has RoPE)
+    ends (all ids that end an answer), norms ("after": of the outputs of attention and MLP, not of their
+    inputs), qk_norm (of queries and keys: "head", each head on its own, or "full", all heads together),
+    rope_layers (for each layer, whether it has RoPE)
 """
 import contextlib
 import math
@@ -378,8 +378,8 @@ def renamed(tensors, arch):
 
 def tokenizer_text(name):
     """Returns the text of a folder's tokenizer.json, or one made of GPT-2's files, or ""."""
-    config, others = (hub.optional(name, file, "tokenizer.json")
-                      for file in ("tokenizer_config.json", "added_tokens.json"))
+    config, others, _ = (hub.optional(name, file, "tokenizer.json") for file in (
+        "tokenizer_config.json", "added_tokens.json", "chat_template.jinja"))  # the last is for data/chat.py
     config, others = (files.read_json(file) if file else {} for file in (config, others))
     with contextlib.suppress(FileNotFoundError):
         file = hub.find(name, "tokenizer.json", "vocab.json")
@@ -435,8 +435,9 @@ def same_vocabulary(models, base=None):
             from models import vocabulary  # an optional file
             vocabulary.adapt(model, known[other], models[base], first, name)
         else:
+            hint = "" if name in tokenizers else "; its file has only a hash: is --source there?"
             raise ValueError(f"{first_name} has {first.size} tokens ({first.hash[:8]}), {name} has others "
-                             f"({other!s:.8}): a reward and its base must have the same tokenizer")
+                             f"({other!s:.8}): a reward and its base must have the same tokenizer{hint}")
     size, rows = first.size, {name: model.size for name, model in models.items()}
     if min(rows.values()) < size:
         raise ValueError(f"the tokenizer has {size} tokens, more than an output matrix has rows: {rows}")

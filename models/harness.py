@@ -45,7 +45,7 @@ class TiltedModel(TemplateLM):
         asked = chat_history if add_generation_prompt else chat_history[:-1]
         if isinstance(self.chat, dict):
             from data import chat as chats  # an optional file
-            return chats.prompt(self.chat, asked) + begun
+            return chats.asked(self.chat, asked) + begun
         return self.chat.replace("{}", "".join(part["content"] for part in asked)) + begun
 
     def tok_encode(self, string, add_special_tokens=True, **_):

@@ -15,7 +15,8 @@ class RewardProcessor:
     tokenizer's, of prompts that are padded on the left (default: no padding). With padding, a processor is
     for the B prompts of its first call only, each in R / B rows, as in beam search. size: number of tokens in
     the tokenizer, if the output matrices have more rows. tokenizer: the base's, of transformers, if it has
-    other special or added tokens than the reward's; then its size is the one that counts.
+    other special or added tokens than the reward's; then its size is the one that counts. A reward is for
+    the tokenizer of its newest processor.
     """
 
     def __init__(self, model, beta=None, attention_mask=None, size=None, tokenizer=None):
@@ -34,6 +35,9 @@ class RewardProcessor:
         if tokenizer is not None:
             base = Tokenizer(tokenizer.backend_tokenizer.to_str(), "the base's tokenizer")
             self.size, own = base.size, info.get("tokenizer")
+            model.reads, model.size = None, model.arch["vocab"]  # not those of an earlier processor
+            if own != base.hash and info.keys() & {"ticket", "lora"}:
+                raise ValueError("a reward in a small file has only a hash of its tokenizer: not the base's")
             if own != base.hash and (own := Tokenizer(own, "the reward's tokenizer")).hash != base.hash:
                 self.unshared = vocabulary.translate(model, own, base, "the reward")
 

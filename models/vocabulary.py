@@ -5,8 +5,8 @@ base gives it: a reward of 0 would not do, since only differences between reward
 
     r(y) / beta = log E[exp(r / beta)], the expectation over the shared ids under the base,
 
-which makes Z the same factor for all the others. So the tilt is that of the base given that the next token is
-a shared one, and this event keeps its probability.
+which makes Z this expectation. Among the shared tokens the base is tilted as usual; their total probability
+stays what the base gives it.
 """
 import functools
 
@@ -30,8 +30,9 @@ def adapt(model, own, base, tokenizer, name):
 def translate(model, own, tokenizer, name):
     """Makes a GPT read and write another tokenizer's ids, in place; returns those that are not shared, [U].
 
-    own: the Tokenizer of the GPT, which reads its end token in place of an unshared id. name: the GPT's.
-    Prints the unshared tokens. Raises ValueError if the tokenizers differ in ordinary tokens.
+    own: the Tokenizer of the GPT. In place of an unshared id the GPT reads its end token, or if that is not
+    shared either, the first id that is. name: the GPT's. Prints the unshared tokens. Raises ValueError if the
+    tokenizers differ in ordinary tokens.
     """
     if own.ordinary != tokenizer.ordinary:
         raise ValueError(f"{name} has {own.size} tokens ({own.hash[:8]}), the base {tokenizer.size} "

@@ -50,7 +50,7 @@ def test_the_ids_are_those_of_transformers(tmp_path, name):
     assert len(TALKS) == 20
     for talk, expected in zip(TALKS, case["ids"], strict=True):
         assert tokenizer.encode(chat.render(form, talk)) == expected["whole"]
-        assert tokenizer.encode(chat.prompt(form, talk[:-1])) == expected["prompt"]
+        assert tokenizer.encode(chat.asked(form, talk[:-1])) == expected["prompt"]
         ids, counts = text.token_ids(chat.segments(form, messages(talk)), tokenizer, end)
         assert ids == expected["whole"][:len(ids)]  # up to the last end token
         assert tokenizer.decode(expected["whole"][len(ids):]).strip() == ""
@@ -69,7 +69,7 @@ def test_a_template_may_treat_the_last_answer_in_another_way():
     assert [x for x, _ in chat.segments(form, talk)] == [
         "<user>a<|im_end|><assistant>", "b", "<user>c<|im_end|><assistant><think></think>", "d"]
     asked = [dict(role="user", content="c")]
-    assert chat.prompt(form, asked) == "<user>c<|im_end|><assistant><think></think>"
+    assert chat.asked(form, asked) == "<user>c<|im_end|><assistant><think></think>"
 
 
 def test_an_answer_that_is_not_trained_on_does_not_count():
@@ -83,7 +83,8 @@ def test_an_answer_that_is_not_trained_on_does_not_count():
 
 @pytest.mark.parametrize("template, words", [
     (None, "no chat_template.jinja"), ("{{ nothing.at.all }}", "nothing"), ("{% if %}", "the chat template"),
-    ("{{ messages[0].content }}", "no special token"), ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ("{{ messages[0].content }}", "leaves out or changes a message"),
+    ("{{ ''.__class__.__mro__ }}", "unsafe"),
     ("{% for m in messages %}{{ m.content }}. {% endfor %}", "no special token"),
     ("{{ raise_exception('only tools') }}", "only tools")])
 def test_a_bad_template_is_refused(tmp_path, template, words):
@@ -94,8 +95,8 @@ def test_a_bad_template_is_refused(tmp_path, template, words):
 
 
 @pytest.mark.parametrize("change, words", [
-    ("{{ m.content | upper }}", "changes an answer"), ("{{ m.content + m.content }}", "repeats"),
-    ("{{ m.content.split('</think>')[-1] }}", "changes an answer")])
+    ("{{ m.content | upper }}", "changes a message"), ("{{ m.content + m.content }}", "repeats"),
+    ("{{ m.content.split('</think>')[-1] }}", "changes a message")])
 def test_an_answer_that_the_template_changes_is_refused(change, words):
     """Catches: The tokens of another text than the template's are trained on."""
     template = f"{{% for m in messages %}}{change}<|im_end|>{{% endfor %}}"
@@ -110,6 +111,21 @@ def test_an_answer_counts_as_the_template_writes_it():
     form = dict(template=template, tokens=dict(bos_token=""), date="2026-01-01", end="<|eot_id|>")
     *_, last = chat.segments(form, [("user", " a ", False), ("assistant", " b c\n", True)])
     assert last == ("b c", True)
+    strips = ("{% for m in messages %}{{ m.content.lstrip('\\n') if loop.last else m.content }}<|im_end|>"
+              "{% endfor %}")
+    talk = [("user", "a", False), ("assistant", "one\n", True), ("user", "b", False),
+            ("assistant", "\ntwo\n", True)]
+    parts = chat.segments(dict(form, template=strips, end="<|im_end|>"), talk)
+    assert [x for x, counts in parts if counts] == ["one\n", "two\n"]
+
+
+def test_a_message_that_the_template_leaves_out_is_refused():
+    """Catches: The system message is lost where an answer follows, as in a template of Mistral's."""
+    template = ("{% for m in messages %}{% if m.role != 'system' or messages[-1].role == 'user' %}"
+                "{{ m.content }}<|im_end|>{% endif %}{% endfor %}")
+    form = dict(template=template, tokens={}, date="2026-01-01", end="<|im_end|>")
+    with pytest.raises(ValueError, match="role system: 'be brief'"):
+        chat.segments(form, [("system", "be brief", False), ("user", "a", False), ("assistant", "b", True)])
 
 
 def test_a_template_may_be_one_of_several_or_a_file_of_its_own(tmp_path):
@@ -167,7 +183,7 @@ def test_a_reward_remembers_its_template_and_is_asked_with_it(instructed, monkey
         (ids, end)) or generate(row, ids, how, end, *rest, **more))
     ask = ("eval.py", "--reward", "r.pt", "--base", "qwen2", "--device", "cpu", "--new-tokens", 3)
     assert call(*ask, "--prompt", "2 + 1") == 0
-    want = chat.prompt(form, [dict(role="user", content="2 + 1")])
+    want = chat.asked(form, [dict(role="user", content="2 + 1")])
     assert prompts[0][0] == [tokenizer.encode(want)]
     assert prompts[0][1] == [*tokenizer.encode("<|im_end|>"), *tokenizer.encode("<|endoftext|>")]
     table(*ask, "--data", "talk.jsonl" if data != "sums.jsonl" else data, "--limit", 4)
@@ -206,7 +222,7 @@ def test_a_reward_without_a_template_takes_that_of_the_base_if_asked(instructed,
     for flags in [], ["--chat-template"]:
         assert call(*ask, "--prompt", "2 + 1", *flags) == 0
     tokenizer = Tokenizer(read("r.pt")["tokenizer"], "x")
-    want = chat.prompt(chat.read("qwen2"), [dict(role="user", content="2 + 1")])
+    want = chat.asked(chat.read("qwen2"), [dict(role="user", content="2 + 1")])
     assert prompts[0] == [tokenizer.encode("2 + 1")]
     assert prompts[-1] == [chat.with_special(tokenizer).encode(want)]
     capfd.readouterr()

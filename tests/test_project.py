@@ -2,14 +2,16 @@
 import ast
 import functools
 import graphlib
+import importlib.util
 import re
+import shutil
 import tomllib
 from types import ModuleType, SimpleNamespace
 
 import helpers
 import pytest
 import torch
-from conftest import ROOT, png
+from conftest import ROOT, output, png
 from test_recipes import sizes
 
 import models
@@ -243,6 +245,20 @@ def test_the_readme_sorts_cub_into_a_folder_that_data_takes(code, tmp_path, monk
         assert data.templates == ["a photo of a {c}, a type of bird."]
         assert data.labels.tolist() == [0, 1]
         assert data.images[:, 1, 0, 0].tolist() == greens
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("setuptools"), reason="needs setuptools, which pip brings")
+def test_the_method_can_be_installed_alone(tmp_path):
+    """Catches: `pip install .` installs models/ or nothing, or prt.py needs a file of the clone."""
+    for name in ("prt.py", "pyproject.toml", "models/gpt.py", "data/files.py"):
+        (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "clone" / name)
+    output("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", tmp_path / "site",
+           tmp_path / "clone", cwd=tmp_path)
+    assert [path.name for path in (tmp_path / "site").glob("*.py")] == ["prt.py"]
+    assert not (tmp_path / "site/models").exists()
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import prt; print(prt.__file__)"
+    assert output("-c", code, cwd=tmp_path).strip() == str(tmp_path / "site/prt.py")
 
 
 def test_the_readme_names_every_file():

@@ -16,14 +16,14 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, SCRIPTS, TALK, call, jsonl, output, read, write_cifar100
+from conftest import FIXTURES, ROOT, SCRIPTS, TALK, call, call_main, jsonl, output, read, write_cifar100
 from helpers import load, write_safetensors
 
 import models
 import train_lm
 import train_vision
 from data import images, text
-from models import pretrain
+from models import export, pretrain, weights
 from models.clip import CLIP
 
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -65,9 +65,10 @@ def section(title):
     return commands("".join(BLOCK.findall(body)))
 
 
-# "python -" runs what stands below it.
-COMMANDS = [words for page in PAGES for block in BLOCK.findall(page) for words in commands(block)
-            if words != ["-"]]
+# "python -" runs what stands below it, and "python -m" a module.
+CALLS = [words for page in PAGES for block in BLOCK.findall(page) for words in commands(block)]
+COMMANDS = [words for words in CALLS if words[0] not in ("-", "-m")]
+SHARE, = [words[2:] for words in CALLS if words[:2] == ["-m", "models.export"]]
 COMMANDS += commands("\n".join(re.findall(r"^(?:python|torchrun) .*?(?=  |$)", DOCSTRINGS, re.MULTILINE)))
 IMAGES, TEXT = section("The paper's recipe on images"), section("The paper's recipe on text")
 
@@ -215,6 +216,8 @@ def test_the_recipe_on_text(hub, gpts, tmp_path, few_problems, capsys):
     (tmp_path / "tulu.jsonl").write_text(jsonl(TALK))
     for words in TEXT:
         run(words)
+    assert call_main(export.main, "export", *SHARE) == 0
+    assert weights.load(SHARE[1], "prt").info["source"] == train_lm.PAPER["source"]
     printed = capsys.readouterr().out
     assert methods(printed) == [*WITH_EFT, *WITH_EFT[:4]]
     assert "\nbase alone:" in printed and "\nbase + reward (PRT):" in printed  # the answers to --prompt

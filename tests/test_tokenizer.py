@@ -223,8 +223,9 @@ SPLIT, LEVEL = (("pre_tokenizer", "pretokenizers", i) for i in (0, 1))
     (BARE, " hello", "Ġ hello"), (changed(BARE, "model", ignore_merges=True), " hello", "Ġhello"),
     (small(), "e\u0301", "e Ì ģ"), (small(normalizer=dict(type="NFC")), "e\u0301", "Ã ©"),
     (changed(small(), "model", "vocab", **LETTERS), "a\0é hello\n", "a Ā Ã © Ġhello Ċ"),
-    (changed(LLAMA3, *SPLIT, pattern=dict(Regex=r"\p{N}{1,3}")), "12 eggs", "12 Ġeggs")],
-    ids=["merges", "ignore_merges", "Llama", "NFC", "order of bytes", "split"])
+    (changed(LLAMA3, *SPLIT, pattern=dict(Regex=r"\p{N}{1,3}")), "12 eggs", "12 Ġeggs"),
+    (changed(LLAMA3, *SPLIT, behavior="Removed", invert=True), "12 eggs", "12 Ġeggs")],
+    ids=["merges", "ignore_merges", "Llama", "NFC", "order of bytes", "split", "split of tiktoken"])
 def test_the_file_decides_which_tokens_a_text_has(d, text, tokens):
     """Catches: Letters are composed for Llama, ids of bytes are GPT-2's, or text between words is lost."""
     tokenizer, vocab = make(d), d["model"]["vocab"]
@@ -251,6 +252,8 @@ REFUSED = {  # the changed dict, or its JSON, and words of the message
     "split that removes": (changed(LLAMA3, *SPLIT, behavior="Removed"), "not one isolated Split"),
     "inverted split": (changed(LLAMA3, *SPLIT, invert=True), "not one isolated Split"),
     "no split": (changed(small(), "pre_tokenizer", use_regex=False), "not one isolated Split"),
+    "removes nothing": (changed(LLAMA3, *SPLIT, behavior="Removed", invert=True, pattern=dict(Regex="(")),
+                        "tokenizer.json"),
     "groups of digits": (changed(SMOLLM2, *SPLIT, individual_digits=False), "not one isolated Split"),
     "digits without words": (changed(SMOLLM2, *LEVEL, use_regex=False), "not one isolated Split"),
     "prefix space": (changed(LLAMA3, *LEVEL, add_prefix_space=True), "prefix space"),

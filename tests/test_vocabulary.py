@@ -123,6 +123,12 @@ def test_all_ways_to_decode_write_the_same_text():
                                                     drafter=drafter))
     processor = RewardProcessor(model(QWEN2), beta=1 / 1.5, tokenizer=SimpleNamespace(
         backend_tokenizer=SimpleNamespace(to_str=lambda: QWEN3)))
+    same = RewardProcessor(again := model(QWEN2), tokenizer=SimpleNamespace(
+        backend_tokenizer=SimpleNamespace(to_str=lambda: QWEN3)))
+    assert again.reads is not None and same.unshared is not None
+    same = RewardProcessor(again, tokenizer=SimpleNamespace(  # an earlier one leaves nothing behind
+        backend_tokenizer=SimpleNamespace(to_str=lambda: QWEN2)))
+    assert again.reads is None and same.unshared is None and again.size == again.arch["vocab"]
     text = ids[:1]
     for _ in range(24):
         text = torch.cat([text, processor(text, base(text)[:, -1]).argmax(-1, keepdim=True)], 1)

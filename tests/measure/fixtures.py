@@ -62,11 +62,12 @@ INST = r"""
 {{- bos_token }}
 {%- set first = 1 if messages[0]['role'] == 'system' else 0 %}
 {%- for m in messages[first:] %}
+    {%- set system = messages[0]['content'] + '\n\n' if first and loop.first else '' %}
     {%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}
         {{- raise_exception('user and assistant must take turns') }}
     {%- endif %}
     {%- if m['role'] == 'user' %}
-        {{- '[INST] ' + m['content'] + ' [/INST]' }}
+        {{- '[INST] ' + system + m['content'] + ' [/INST]' }}
     {%- else %}
         {%- generation %}{{- ' ' + m['content'] + eos_token }}{%- endgeneration %}
     {%- endif %}
