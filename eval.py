@@ -33,9 +33,11 @@ COLUMNS = dict(top1="{:.2%}", form="{:.1%}", exact="{:.1%}", error="{:.1%}", nll
 # What is asked for -> the flags that have an effect on it, beside those of the models.
 DECODING = {"batch", "limit", "seed", "speculative", "compile"}
 ANSWERS = DECODING | {"new_tokens", "temperature", "top_p"}
-ACTS = dict(images={"data", "batch", "json", "picture"}, text=ANSWERS | {"data", "json"},
+ACTS = dict(images={"data", "batch", "json", "picture", "answers"},
+            text=ANSWERS | {"data", "json", "answers"},
             prompt=ANSWERS - {"batch", "limit"} | {"prompt", "chat_template"},
             tasks=DECODING | {"tasks", "chat_template", "json"})
+BEGIN = time.perf_counter()
 DEFAULTS = dict(batch=128, temperature=0.0, top_p=1.0, seed=0)
 
 
@@ -61,6 +63,7 @@ def parse(argv=None):
     table.add_argument("--batch", type=flags.positive(int), help="batch size (default: 128), or 4 "
                        "with --speculative")
     table.add_argument("--json", help="write the table to this file")
+    table.add_argument("--answers", help="write every example with each row's answer to this .jsonl file")
     table.add_argument("--picture", help="images: .png of both answers (default with --run: RUN/picture.png)")
     table.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     answers.add_argument("--prompt", help="prompt to answer without and with the reward, instead of a table")
@@ -78,7 +81,8 @@ def parse(argv=None):
         use_run(args)
     if not (args.reward and args.base):
         p.error(f"needs --reward and --base, or reward.pt and new.pt in the folder --run ({args.run})")
-    for flag, suffix in dict(json=".json", picture=".png").items():  # no other file is overwritten
+    outputs = dict(json=".json", picture=".png", answers=".jsonl")
+    for flag, suffix in outputs.items():  # no other file is overwritten
         name = getattr(args, flag) or suffix
         folder = next((x for x in Path(name).absolute().parents if x.exists()), Path("."))
         if not name.endswith(suffix) or Path(name).is_dir() or not os.access(folder, os.W_OK):
@@ -128,7 +132,7 @@ def check_flags(args, is_text):
         what = dict(images=f"images ({args.reward[0]})", text="a table of text").get(asked, f"--{asked}")
         raise ValueError(f"--{idle[0].replace('_', '-')} has no effect on {what}: leave it out")
     inputs = [*args.reward, args.base, args.source, args.tuned_source, args.tuned_base, args.data]
-    for output in filter(None, (args.json, args.picture)):
+    for output in filter(None, (args.json, args.picture, args.answers)):
         for path in filter(None, inputs):
             if Path(output).resolve().is_relative_to(Path(path).resolve()):
                 raise ValueError(f"{output} would overwrite a part of {path}: choose another name")
@@ -290,6 +294,7 @@ def file_bytes(args, models):
 def image_table(args, device, models):
     """Prints the table of images, and draws the picture."""
     from data import images
+    from models import records
     info = models.rewards[0].info
     name, used = args.data or info["data"], models.given()
     tests = load_images(images, name, "test", used)
@@ -317,7 +322,7 @@ def image_table(args, device, models):
         return (scores.accuracy(log_probs, labels[held_out]),
                 -F.nll_loss(log_probs, labels[held_out]).item())
 
-    results, answers, sizes = [], [], file_bytes(args, models)
+    results, scored, sizes = [], {}, file_bytes(args, models)  # scored: label of the row -> [N, L]
     batches = {model: tests[model].images[:args.batch].to(device) for model in used}
     for row in plan(args, models, quality):
         log_probs = prt.combine(row.base, row.rewards, logits.get)
@@ -329,15 +334,18 @@ def image_table(args, device, models):
                             kl=prt.kl(log_probs, logits[row.kl_base]).mean().item(),
                             ms=1000 * seconds / min(args.batch, len(data.labels)), mib=mib,
                             bytes=sum(sizes.get(model, 0) for model in run) if sizes else None))
-        answers.append(log_probs.argmax(-1))
+        scored[records.label(row)] = log_probs
     source, base = (logits.get(model) for model in (models.source, models.base))
     distance = None if source is None else prt.kl(source.log_softmax(-1), base).mean().item()
     about = dict(data=name, images=len(data.labels), kl_of_bases=distance) | how_chosen(args, models, "top-1")
-    print_table(args, device, results, about)
+    by_class = {row: records.accuracy_by_class(data, log_probs) for row, log_probs in scored.items()}
+    print_table(args, device, results, about, accuracy_by_class=by_class)
+    if args.answers:
+        records.write(args.answers, records.predictions(data, scored))
     if picture := args.picture or (args.run and str(Path(args.run) / "picture.png")):
         from models.picture import draw_picture
         with files.atomic(picture) as f:
-            draw_picture(data, answers[0], answers[1]).save(f, "PNG")
+            draw_picture(data, *(x.argmax(-1) for x in [*scored.values()][:2])).save(f, "PNG")
         print(f"{picture}: the upper answer is of the base alone, the lower of {results[1]['method']}")
 
 
@@ -440,7 +448,7 @@ def text_table(args, device, models, rows, how, tokenizer, ends, room):
     """Prints the table for text: exact match of generated answers, and NLL and KL of reference answers."""
     from data import text
     from models import answers
-    info = models.rewards[0].info
+    info, kept = models.rewards[0].info, []  # kept: the answers (ids) of each row
     name = args.data or info["data"]
     is_own_file = args.data and Path(name).is_file()
     examples = text.load(name, "train" if is_own_file else "test", info.get("chat"))[1][:args.limit]
@@ -460,6 +468,7 @@ def text_table(args, device, models, rows, how, tokenizer, ends, room):
         again = args.compile or (device.type == "cuda" and row is rows[0])
         seconds, mib, written = measure(
             run, lambda row=row: answers.generate(row, prompts, how, ends, room), device, int(again))
+        kept.append(written)
         # The end is looked for at every 8th step.
         steps = sum(min(length, 8 * (max(len(written[i]) for i in part) // 8 + 1)) for part in parts)
         results.append(dict(method=row.method, beta=row.beta,
@@ -471,6 +480,10 @@ def text_table(args, device, models, rows, how, tokenizer, ends, room):
     distance = models.source and scores.score_texts(models.source, [], batches, kl_base=models.base)["kl"]
     about = dict(data=name, examples=len(examples), kl_of_bases=distance) | how_chosen(args, models, "NLL")
     print_table(args, device, results, about)
+    if args.answers:
+        from models import records
+        labeled = dict(zip(map(records.label, rows), kept))
+        records.write(args.answers, records.texts(examples, labeled, tokenizer))
 
 
 def task_tables(args, device, models, rows, how, tokenizer, ends, room, form):
@@ -511,8 +524,8 @@ def measure(models, work, device, repeats=5):
     return statistics.median(seconds[1:] or seconds), mib, result
 
 
-def print_table(args, device, results, about, tables=None):
-    """Prints the results, one dict for each row, and writes them to --json.
+def print_table(args, device, results, about, tables=None, **more):
+    """Prints the results, one dict for each row, and writes them to --json, with `more` that is not printed.
 
     tables: title -> results of a table, if they are not one table.
     """
@@ -527,8 +540,10 @@ def print_table(args, device, results, about, tables=None):
         print(f"KL(source || base): {about['kl_of_bases']:.4f} nats. The smaller it is, the more similar the "
               "effect of a reward on both (Prop. 3.2)")
     if args.json:
+        from models import records
+        about |= records.origin() | dict(seconds=time.perf_counter() - BEGIN, rewards=args.reward)
         with files.atomic(args.json) as f:
-            f.write(json.dumps(about | dict(rewards=args.reward, rows=results), indent=1).encode())
+            f.write(json.dumps(about | more | dict(rows=results), indent=1).encode())
 
 
 def print_rows(title, results):

@@ -1,6 +1,7 @@
 """eval.py on images and text: tables, pictures, answers, --run, and bad input."""
 import json
 import math
+import platform
 import shutil
 import sys
 from bisect import bisect
@@ -72,6 +73,30 @@ def test_the_table_has_a_row_for_each_way_to_use_the_models(kind, reports):
         beta = "" if row["beta"] is None else f"{row['beta']:g}"
         assert f"{row['method']} {beta} {cells.format(**row)}".split() in lines
         assert row.get("ms", row.get("speed")) > 0
+
+
+def test_every_answer_is_kept(kind, tmp_path, report):
+    """Catches: Answers of one row stand under another's name, or a report has no commit."""
+    flags = *(FEW if kind == "texts" else ()), "--answers", tmp_path / "x.jsonl", "--device", "cpu"
+    about = report("eval.py", "--run", RUNS[kind], *flags)
+    lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert len(lines) == about["images" if kind == "shapes" else "examples"]
+    for row in about["rows"]:
+        label = row["method"] + ("" if row["beta"] is None else f", beta {row['beta']:g}")
+        given = [(line["answers"][label], line["reference"]) for line in lines]
+        if kind == "shapes":
+            assert all([*p.values()] == sorted(p.values(), reverse=True) and len(p) == 5 for p, _ in given)
+            right = [next(iter(p)) == name for p, name in given]
+            assert sum(right) / len(right) == pytest.approx(row["top1"])
+            names = [name for _, name in given]
+            shares = [about["accuracy_by_class"][label][name] for name in names]
+            assert sum(shares) / len(shares) == pytest.approx(row["top1"])
+        else:
+            right = [answers.final_number(answer) == answers.final_number(name) for answer, name in given]
+            assert sum(right) / len(right) == pytest.approx(row["exact"])
+            assert lines[0]["prompt"] == text.load("arithmetic", "test")[1][0][1][0][0]
+    assert about["commit"] is None or len(about["commit"]) == 40
+    assert about["python"] == platform.python_version() and about["seconds"] > 0
 
 
 def logits_and_labels(kind):

@@ -25,8 +25,8 @@ from models import examples
 NO_DEFAULT = {
     "train_vision.py": "resume augment compile",
     "train_lm.py": "resume chat-template drop recompute compile",
-    "eval.py": "run reward base tuned-source tuned-base tasks chat-template limit json picture prompt "
-               "speculative compile"}
+    "eval.py": "run reward base tuned-source tuned-base tasks chat-template limit json picture answers "
+               "prompt speculative compile"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
