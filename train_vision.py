@@ -35,10 +35,13 @@ def parse(argv=None):
                      "country211, a Hub id, or a folder (default: shapes)")
     run.add_argument("--size", choices=("tiny", "small"),
                      help="size of the CLIP to pretrain (default: small)")
-    run.add_argument("--reward-init", choices=("copy", "random"), help="start the reward from a copy of "
-                     "--source, or from random weights (default: copy)")
+    run.add_argument("--reward-init", help="start the reward as a copy of --source (copy), with random "
+                     "weights (random), or as a reward, by its path (default: copy)")
     recipe.add_argument("--augment", action="store_true", help="random crops and flips")
-    return flags.resolve(p, flags.parsed(p, argv), RECIPES, no_pretraining=[])
+    args = flags.parsed(p, argv)
+    if args.reward_init == "head":
+        p.error("--reward-init head is for text: a CLIP's head is made of the class names")
+    return flags.resolve(p, args, RECIPES, no_pretraining=[])
 
 
 def main():
@@ -74,8 +77,13 @@ def train(args, device, state):
     indices = runs.batches(len(data.labels), args.hold_out, args.batch, args.seed)
     del clip  # and its text tower
 
-    # The reward model, which starts as a copy of the source.
-    model = weights.build(info, source.arch, source.state_dict(), dtype=None)  # shares its weights so far
+    # The reward model, which starts as a copy of the source, or as --reward-init.
+    begin = source
+    if args.reward_init not in (None, "copy", "random"):
+        begin = weights.load(args.reward_init, "prt", text=False)
+        if begin.arch != source.arch or begin.info["classes"] != data.classes:
+            raise ValueError(f"--reward-init {args.reward_init}: its architecture or classes are others")
+    model = weights.build(info, source.arch, begin.state_dict(), dtype=None)  # shares its weights so far
     frozen = runs.frozen_dtype(device)  # bfloat16 on CUDA, to which autocast would cast in any case
     if args.ticket or args.reward_init == "random":
         from models import tickets

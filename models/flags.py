@@ -7,7 +7,7 @@ from pathlib import Path
 from data import hub
 from models import runs
 
-# What --reward-init may be, besides a model of text.
+# What --reward-init may be, besides the path of a model; "head" for text only.
 STARTS = ("copy", "head", "random")
 
 
@@ -34,8 +34,9 @@ def training(doc, recipes, warmup):
                      f"trained on {default('source')}")
     run.add_argument("--method", choices=("prt", "ft", "pretrain"),
                      help="train a reward, a fine-tuned model, or a base, new or --source (default: prt)")
-    run.add_argument("--out", help="checkpoint to write (default: out/DATA-METHOD.pt); a folder if none of "
-                     "--data, --source, and --method is given (default: out/DATA-SEED)")
+    run.add_argument("--out", help="checkpoint to write, or a folder for it (default: out/DATA-METHOD.pt); "
+                     "that of five models if none of --data, --source, and --method is given (default: "
+                     "out/DATA-SEED)")
     run.add_argument("--resume", action="store_true", help="continue the unfinished run in --out")
     run.add_argument("--seed", type=from_0(int), help=f"random seed {default('seed')}")
     recipe.add_argument("--steps", type=positive(int), help=f"training steps {default('steps')}")
@@ -91,7 +92,8 @@ def resolve(p, args, recipes, no_pretraining):
                     "flags")
         return args
     args = filled(recipes[name], args)
-    args.out = args.out or f"out/{Path(args.data).name}-{args.method}.pt"
+    if not args.out or args.out.endswith(os.sep) or Path(args.out).is_dir():
+        args.out = str(Path(args.out or "out", f"{Path(args.data).name}-{args.method}.pt"))
     return args
 
 
@@ -107,8 +109,6 @@ def check_run(args, made=()):
 
     made: paths of models that other runs make before.
     """
-    if args.out.endswith(os.sep) or Path(args.out).is_dir():
-        raise ValueError(f"--out {args.out}: a folder; a checkpoint's name, such as out/reward.pt, is needed")
     for name in {args.source, args.reward_init} - {None, *STARTS, *made}:
         hub.locate(name)
     if args.batch % ((args.accum or 1) * runs.world_size()):

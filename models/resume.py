@@ -17,7 +17,8 @@ def checkpoint(path, settings):
     with files.explain(f"--resume: {path}", *files.DAMAGE):
         weights.check_checkpoint(state)
     if "optimizer" not in state:
-        raise ValueError(f"--resume: {path} is not an unfinished run (its last step: {state.get('step')})")
+        raise ValueError(f"--resume: {path} is finished, with step {state.get('step')}; a new run can start "
+                         f"from it: --reward-init {path}")
     for k, v in settings.items():
         if (before := state["args"].get(k)) != v:
             raise ValueError(f"--resume: {path} was started with --{k.replace('_', '-')} {before}, not {v}")

@@ -62,7 +62,7 @@ def test_help_has_the_docstring_and_the_defaults_of_the_flags_in_groups(script, 
 NUMBERS = "0 -1 nan inf -inf x"
 VALUES = {
     "train_vision.py": {
-        "--sped": "3", "--method": "sft", "--size": "huge", "--ticket": "golden", "--reward-init": "path.pt",
+        "--sped": "3", "--method": "sft", "--size": "huge", "--ticket": "golden", "--reward-init": "head",
         "--steps": "0 -1 1.5 x", "--batch": "0 -8 1.5", "--accum": "0 -1", "--seed": "x", "--warmup": "1.5",
         "--lr": NUMBERS, "--beta": NUMBERS, "--alpha": "x", "--weight-decay": "x",
         "--hold-out": "-1 1 1.5 nan", "--keep": "0 1", "--freeze": "1"},
@@ -91,9 +91,9 @@ CASES = {
     "no such source": (TRAIN + "--source {none}/base.pt", "{none}/base.pt"),
     "reward as source": (TRAIN + "--source {reward}", "{reward} is a reward"),
     "out exists": (TRAIN + "--out {reward}", "{reward} exists", "--resume"),
-    "out is a folder": (TRAIN + "--out {data}", "{data}"),
     "resume without file": (TRAIN + "--resume", "--resume", "{out}/x.pt"),
-    "resume of a finished run": (TRAIN + "--resume --out {reward}", "--resume", "{reward}", "step: 2"),
+    "resume of a finished run": (TRAIN + "--resume --out {reward}", "--resume", "finished, with step 2",
+                                 "--reward-init {reward}"),
     "resume with another source": (TRAIN + "--resume --out {half} --source {new}", "{half}", "--source"),
     "resume of another program's file": (TRAIN + "--resume --out {foreign}", "--resume", "{foreign}"),
     "run without flags over foreign files": ("train_vision.py --out {demo}", "{demo}/old.pt", "--out"),

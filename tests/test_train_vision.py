@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import TRAIN, call, interrupted, processes, read, same
+from conftest import TRAIN, call, interrupted, one_line, processes, read, same
 
 import prt
 import train_vision
@@ -134,6 +134,19 @@ def test_a_flag_changes_the_trained_weights(paths, flags):
     assert call(*TRAIN.format(**paths).split(), *flags.split()) == 0
     assert not same(paths["out"] / "x.pt", paths["reward"])
     assert not same(paths["old"], paths["new"], atol=1e-2)  # pretrained with different seeds
+
+
+def test_a_reward_goes_on_from_another_in_a_folder(paths, tmp_path, capfd):
+    """Catches: It starts from the source again, or from a reward for other classes; a folder is refused."""
+    flags = *TRAIN.format(**paths).split(), "--steps", 1, "--lr", 1e-12, "--device", "cpu"
+    for out in tmp_path / "new", tmp_path / "new":  # made in the first run, there in the second
+        out.mkdir(exist_ok=True)
+        assert call(*flags, "--reward-init", paths["reward"], "--out", f"{out}/") == 0
+        assert same(paths["reward"], out / "data-prt.pt", atol=1e-6)
+        (out / "data-prt.pt").unlink()
+    capfd.readouterr()
+    code = call(*flags, "--data", paths["other"], "--reward-init", paths["reward"])
+    one_line(code, capfd.readouterr().err, f"--reward-init {paths['reward']}", "classes are others")
 
 
 def test_pretraining_goes_on_from_a_source(paths, tmp_path):
