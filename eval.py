@@ -35,7 +35,8 @@ DECODING = {"batch", "limit", "seed", "speculative", "compile"}
 ANSWERS = DECODING | {"new_tokens", "temperature", "top_p"}
 ACTS = dict(images={"data", "batch", "json", "picture", "answers"},
             text=ANSWERS | {"data", "json", "answers"},
-            prompt=ANSWERS - {"batch", "limit"} | {"prompt", "chat_template"},
+            prompt=ANSWERS - {"batch", "limit"} | {"prompt", "chat_template", "answers"},
+            prompts=ANSWERS - {"limit"} | {"prompts", "chat_template", "answers"},
             tasks=DECODING | {"tasks", "chat_template", "json"})
 BEGIN = time.perf_counter()
 DEFAULTS = dict(batch=128, temperature=0.0, top_p=1.0, seed=0)
@@ -67,6 +68,8 @@ def parse(argv=None):
     table.add_argument("--picture", help="images: .png of both answers (default with --run: RUN/picture.png)")
     table.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     answers.add_argument("--prompt", help="prompt to answer without and with the reward, instead of a table")
+    answers.add_argument("--prompts", help="the same for each line of a .txt file, or each row of a .jsonl "
+                         'file, which has a "prompt" or "messages"')
     answers.add_argument("--new-tokens", type=flags.positive(int), help="per answer, at most (default: 256)")
     answers.add_argument("--temperature", type=flags.number(float, lambda x: x == 0 or 1e-6 <= x <= 1e6,
                          "0, or from 1e-6 to 1e6"), help="0: no sampling (default: 0)")
@@ -124,7 +127,8 @@ def main():
 
 def check_flags(args, is_text):
     """Raises ValueError if a flag that is given has no effect, or would overwrite a part of what is read."""
-    asked = "prompt" if args.prompt is not None else "tasks" if args.tasks else "text"
+    asked = [k for k in ("prompt", "prompts", "tasks") if getattr(args, k) is not None]
+    asked = asked[0] if asked else "text"
     asked = asked if is_text else "images"
     given = {flag for flag, x in vars(args).items() if x is not None and x is not False}
     given -= {"batch", "limit"} if asked == "prompt" and "auto" in (args.beta or []) else set()
@@ -359,7 +363,7 @@ def load_images(images, name, split, models):
 # Text
 
 def text_answers(args, device, models):
-    """Prints the table of text, or those of lm_eval's tasks, or the answers to one prompt."""
+    """Prints the table of text, or those of lm_eval's tasks, or the answers to prompts."""
     from data import text
     from models import answers
     from models.gpt import same_vocabulary
@@ -385,23 +389,15 @@ def text_answers(args, device, models):
         train = text.encode(examples, tokenizer, ends[0], trained.get("length", 1024), trained.get("drop"))
         held_out = text.batches(train, runs.hold_out(len(train.ids), share)[1][:args.limit], how.scored)
     rows = plan(args, models, lambda row: -scores.score_texts(row.base, row.rewards, held_out)["nll"])
-    if args.prompt is not None:
-        text.report_special([[(args.prompt, False)]], tokenizer)
-        with files.explain("--prompt", ValueError):
-            asked = info["template"].replace("{}", args.prompt)
-            if chat:
-                from data import chat as chats
-                asked = chats.asked(chat, [dict(role="user", content=args.prompt)])
-            prompt = tokenizer.begin + tokenizer.encode(asked)
-        if not prompt:
-            raise ValueError("--prompt: an empty prompt cannot be continued")
+    if args.prompt is not None or args.prompts:
         # Without the rows of the source and of tuned models, which --run sets unasked.
         others = [row.method for row in rows].index("source alone") if models.source else len(rows)
-        tilted_rows = [row for row in rows[:others] if row.rewards]
-        for row in [rows[0], *tilted_rows]:
-            answer = answers.generate(row, [prompt], how, ends, room)[0]
-            shown = f"{row.method}, beta {row.beta:g}" if len(tilted_rows) > 1 and row.beta else row.method
-            print(f"{shown}:{answers.colored(row if row.rewards else rows[1], prompt, answer, tokenizer)}\n")
+        asked = [("--prompt", [dict(role="user", content=args.prompt)])]
+        if args.prompts:
+            from data import text_files
+            asked = text_files.prompts(args.prompts)
+        answer_prompts(args, asked, [row for row in rows[:others] if row is rows[0] or row.rewards], how,
+                       chat or info["template"], tokenizer, ends, room)
     elif args.tasks:
         form = args.chat_template and (chat or info["template"])
         task_tables(args, device, models, rows, how, tokenizer, ends, room, form)
@@ -442,6 +438,41 @@ def conversation(args, models, tokenizer):
         print(f"answers end at {', '.join(tokenizer.decode([i]) for i in ends)}; {args.base} itself ends at "
               f"{', '.join(tokenizer.decode([i]) for i in own) or 'none'}")
     return chat, tokenizer, ends
+
+
+def answer_prompts(args, asked, rows, how, form, tokenizer, ends, room):
+    """Prints the answers of each row, and writes them to --answers.
+
+    asked: (name for errors, messages) each. form: a chat template, or a template with {}.
+    """
+    from data import text
+    from models import answers, records
+    texts = []
+    for name, messages in asked:
+        with files.explain(name, ValueError):
+            if isinstance(form, dict):
+                from data import chat as chats  # an optional file
+                texts.append(chats.asked(form, messages))
+            elif [message["role"] for message in messages] == ["user"]:
+                texts.append(form.replace("{}", messages[0]["content"]))
+            else:
+                raise ValueError("messages need --chat-template")
+            if not (tokenizer.begin + tokenizer.encode(texts[-1])):
+                raise ValueError("an empty prompt cannot be continued")
+    text.report_special([[(x["content"], False) for x in messages] for _, messages in asked], tokenizer)
+    prompts = [tokenizer.begin + tokenizer.encode(x) for x in texts]
+    written = [answers.generate(row, prompts, how, ends, room) for row in rows]
+    for i, (_, messages) in enumerate(asked):
+        if len(asked) > 1:
+            print(f"{i + 1}. {messages[-1]['content']}\n")
+        for row, each in zip(rows, written):
+            shown = records.label(row) if len(rows) > 2 else row.method
+            moved = row if row.rewards else rows[1]
+            print(f"{shown}:{answers.colored(moved, prompts[i], each[i], tokenizer)}\n")
+    if args.answers:
+        labeled = dict(zip(map(records.label, rows), written))
+        examples = [(name, [(x, False), (None, True)]) for (name, _), x in zip(asked, texts)]
+        records.write(args.answers, records.texts(examples, labeled, tokenizer))
 
 
 def text_table(args, device, models, rows, how, tokenizer, ends, room):

@@ -84,6 +84,28 @@ def parquet_rows(path):
     yield from ((f"{path} row {i + 1}", row) for i, row in enumerate(table))
 
 
+def prompts(path):
+    """Returns (name for errors, messages) of each prompt in a file.
+
+    A .txt file has a prompt in each line; the rows of a .jsonl file have "prompt" or "messages", dicts with
+    role and content. Raises ValueError that names the file and line.
+    """
+    path, found = Path(path), []
+    if path.suffix == ".txt":
+        lines = enumerate(files.read_text(path).splitlines(), 1)
+        rows = [(f"{path} line {i}", dict(prompt=line)) for i, line in lines if line.strip()]
+    else:
+        rows = jsonl_rows(path)
+    for name, row in rows:
+        messages = row.get("messages", [dict(role="user", content=row.get("prompt"))])
+        for message in messages or [{}]:
+            schema.check(message, f"{name}: a prompt, or one of its messages", "message")
+        found.append((name, messages))
+    if not found:
+        raise ValueError(f"{path}: holds no prompt")
+    return found
+
+
 def segments(name, row, unread, as_messages):
     """Returns the prompt template and the segments of a row, and adds the keys that are not read to `unread`.
 

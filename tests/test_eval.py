@@ -543,6 +543,31 @@ def test_a_number_is_read_by_one_rule(text, number):
     assert answers.final_number(text) == number
 
 
+@pytest.mark.parametrize("file", ["x.txt", "x.jsonl"])
+def test_a_file_of_prompts_is_answered(names, tmp_path, capsys, file):
+    """Catches: A prompt gets the answer to another one, or a file that is half read is answered."""
+    prompts = [" 3 + 4 =", " Eva has 4 bags."]
+    lines = prompts if file == "x.txt" else [json.dumps(dict(prompt=x)) for x in prompts]
+    (tmp_path / file).write_text("\n".join(lines) + "\n")
+    alone = []
+    for prompt in prompts:
+        assert call(*EVAL_LM, "--prompt", prompt, "--answers", tmp_path / "one.jsonl") == 0
+        alone.append(json.loads((tmp_path / "one.jsonl").read_text()))
+    capsys.readouterr()
+    assert call(*EVAL_LM, "--prompts", tmp_path / file, "--answers", tmp_path / "all.jsonl") == 0
+    found = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert [x["prompt"] for x in found] == [x["prompt"] for x in alone]
+    assert [x["answers"] for x in found] == [x["answers"] for x in alone]
+    printed = capsys.readouterr().out
+    assert f"1. {prompts[0]}\n" in printed and f"2. {prompts[1]}\n" in printed
+    for rows, words in [([dict(messages=[dict(role="system", content="x")])], ["line 1", "--chat-template"]),
+                        ([dict(prompt="a"), dict(question="b")], ["line 2", "content is missing"]),
+                        ([], ["no prompt"]), ([dict(messages=[])], ["line 1", "is missing"])]:
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        code = call(*EVAL_LM, "--prompts", tmp_path / "x.jsonl")
+        conftest.one_line(code, capsys.readouterr().err, "x.jsonl", *words)
+
+
 def test_an_empty_prompt_is_answered(names, capsys):
     assert call(*ASK.format(**names).split(), "--prompt", "") == 0
     assert "base alone:" in capsys.readouterr().out

@@ -26,7 +26,7 @@ NO_DEFAULT = {
     "train_vision.py": "resume augment compile",
     "train_lm.py": "resume chat-template drop recompute compile",
     "eval.py": "run reward base tuned-source tuned-base tasks chat-template limit json picture answers "
-               "prompt speculative compile"}
+               "prompt prompts speculative compile"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
