@@ -8,6 +8,7 @@ import torch
 from conftest import FIXTURES, TALK, call, interrupted, jsonl, one_line, read
 from helpers import edited, load, write_safetensors
 
+import eval as eval_script
 from data import chat, text
 from data.tokenizer import Tokenizer
 from models import answers, weights
@@ -202,6 +203,22 @@ def test_a_low_rank_reward_ends_as_in_its_training(instructed, capfd):
     capfd.readouterr()
     code = call("eval.py", "--reward", "r.pt", "--base", "qwen2", "--device", "cpu", "--prompt", "2 + 1")
     one_line(code, capfd.readouterr().err, "same tokenizer")
+
+
+def test_reference_answers_end_with_the_bases_own_id_of_the_end(instructed, table, monkeypatch):
+    """Catches: If the end has another id in the base, another token is scored after each answer."""
+    assert call(*TRAIN, "--data", "sums.jsonl", "--chat-template", "--out", "r.pt") == 0
+    shutil.copytree(instructed, "other")
+    text = (instructed / "tokenizer.json").read_text().replace("<|im_end|>", "<|x|>")
+    text = text.replace("<|im_start|>", "<|im_end|>").replace("<|x|>", "<|im_start|>")
+    (instructed.parent / "other/tokenizer.json").write_text(text)
+    end, = chat.with_special(Tokenizer(text, "x")).encode("<|im_end|>")
+    assert end != read("r.pt")["arch"]["end"]
+    found, encode = [], eval_script.conversation
+    monkeypatch.setattr(eval_script, "conversation", lambda *args: found.append(encode(*args)) or found[-1])
+    table("eval.py", "--reward", "r.pt", "--base", "other", "--data", "sums.jsonl", "--limit", 2,
+          "--new-tokens", 2, "--device", "cpu")
+    assert found[0][2][0] == end and found[0][2].count(end) == 1
 
 
 def test_a_base_without_the_end_of_the_template_is_refused(instructed, capfd):

@@ -7,6 +7,7 @@ from conftest import EVAL_LM, FIXTURES, NEW, REWARD, TUNE_LM, call, call_main, o
 from helpers import error, load, random_ids
 from test_recipes import write_clip
 
+from data import files
 from data.tokenizer import Tokenizer
 from models import export, weights
 
@@ -41,6 +42,10 @@ def test_an_exported_reward_is_the_same_reward(shared):
         assert again.info[key] == reward.info[key]
     card = (folder / "README.md").read_text()
     assert f'weights.load("{folder}", "prt")' in card and "base_model: org/old" in card
+    names = {name.split(".")[3] for name in files.read(folder / "model.safetensors") if name.count(".") == 4}
+    after = {"post_attention_layernorm", "post_feedforward_layernorm"}  # of OLMo 2
+    assert {name for name in names if "layernorm" in name} == (after if reward.arch.get("norms") else {
+        "input_layernorm", "post_attention_layernorm"})
     with pytest.raises(ValueError, match="a base for text is needed"):
         weights.load(folder, "base", text=True)
 
