@@ -127,17 +127,16 @@ def main():
 
 def check_flags(args, is_text):
     """Raises ValueError if a flag that is given has no effect, or would overwrite a part of what is read."""
-    asked = [k for k in ("prompt", "prompts", "tasks") if getattr(args, k) is not None]
-    asked = asked[0] if asked else "text"
+    asked = next((k for k in ("prompt", "prompts", "tasks") if getattr(args, k) is not None), "text")
     asked = asked if is_text else "images"
     given = {flag for flag, x in vars(args).items() if x is not None and x is not False}
-    given -= {"batch", "limit"} if asked == "prompt" and "auto" in (args.beta or []) else set()
+    given -= {"batch", "limit"} if asked in ("prompt", "prompts") and "auto" in (args.beta or []) else set()
     if idle := sorted(given & set().union(*ACTS.values()) - ACTS[asked]):
         what = dict(images=f"images ({args.reward[0]})", text="a table of text").get(asked, f"--{asked}")
         raise ValueError(f"--{idle[0].replace('_', '-')} has no effect on {what}: leave it out")
     inputs = [*args.reward, args.base, args.source, args.tuned_source, args.tuned_base, args.data]
     for output in filter(None, (args.json, args.picture, args.answers)):
-        for path in filter(None, inputs):
+        for path in filter(None, (*inputs, args.prompts)):
             if Path(output).resolve().is_relative_to(Path(path).resolve()):
                 raise ValueError(f"{output} would overwrite a part of {path}: choose another name")
 
@@ -342,7 +341,7 @@ def image_table(args, device, models):
     source, base = (logits.get(model) for model in (models.source, models.base))
     distance = None if source is None else prt.kl(source.log_softmax(-1), base).mean().item()
     about = dict(data=name, images=len(data.labels), kl_of_bases=distance) | how_chosen(args, models, "top-1")
-    by_class = {row: records.accuracy_by_class(data, log_probs) for row, log_probs in scored.items()}
+    by_class = {row: records.accuracy_by_class(data, x) for row, x in scored.items() if args.json}
     print_table(args, device, results, about, accuracy_by_class=by_class)
     if args.answers:
         records.write(args.answers, records.predictions(data, scored))
@@ -392,10 +391,11 @@ def text_answers(args, device, models):
     if args.prompt is not None or args.prompts:
         # Without the rows of the source and of tuned models, which --run sets unasked.
         others = [row.method for row in rows].index("source alone") if models.source else len(rows)
-        asked = [("--prompt", [dict(role="user", content=args.prompt)])]
         if args.prompts:
-            from data import text_files
+            from data import text_files  # an optional file
             asked = text_files.prompts(args.prompts)
+        else:
+            asked = [("--prompt", [dict(role="user", content=args.prompt)])]
         answer_prompts(args, asked, [row for row in rows[:others] if row is rows[0] or row.rewards], how,
                        chat or info["template"], tokenizer, ends, room)
     elif args.tasks:
@@ -420,13 +420,13 @@ def conversation(args, models, tokenizer):
     if reads is not None and (end >= len(reads) or reads[end] != end):  # it is not a token of the base
         end = None
     chat, ends = info.get("chat"), [end, *own]
+    if chat or args.chat_template:
+        from data import chat as chats  # an optional file
     if chat and args.tasks and not args.chat_template:
         chat = None
     elif args.chat_template and not chat and info["template"] in ("{}", text.GSM8K):  # not of messages
-        from data import chat as chats  # an optional file
         chat = chats.read(args.base)
     if chat:
-        from data import chat as chats
         tokenizer = chats.with_special(tokenizer)
         if len(ids := tokenizer.encode(chat["end"])) > 1:
             raise ValueError(f"{chat['end']}, the end of an answer in the chat template, is no token "
@@ -447,7 +447,7 @@ def answer_prompts(args, asked, rows, how, form, tokenizer, ends, room):
     """
     from data import text
     from models import answers, records
-    texts = []
+    texts, prompts = [], []
     for name, messages in asked:
         with files.explain(name, ValueError):
             if isinstance(form, dict):
@@ -457,10 +457,10 @@ def answer_prompts(args, asked, rows, how, form, tokenizer, ends, room):
                 texts.append(form.replace("{}", messages[0]["content"]))
             else:
                 raise ValueError("messages need --chat-template")
-            if not (tokenizer.begin + tokenizer.encode(texts[-1])):
+            prompts.append(tokenizer.begin + tokenizer.encode(texts[-1]))
+            if not prompts[-1]:
                 raise ValueError("an empty prompt cannot be continued")
     text.report_special([[(x["content"], False) for x in messages] for _, messages in asked], tokenizer)
-    prompts = [tokenizer.begin + tokenizer.encode(x) for x in texts]
     written = [answers.generate(row, prompts, how, ends, room) for row in rows]
     for i, (_, messages) in enumerate(asked):
         if len(asked) > 1:

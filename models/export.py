@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from data import files, hub, images, schema
-from models import flags, runs, weights
+from models import flags, gpt, runs, weights
 from models.clip import classifier
 
 # model_type -> class in transformers, and what tells the architecture; the first that fits counts.
@@ -31,9 +31,9 @@ CARD = Path(__file__).with_name("card.md")
 def write_gpt(folder, reward, tokenizer):
     """Writes a reward for text in Hugging Face's layout; tokenizer: the text of its tokenizer.json."""
     tensors = {}
-    for name, x in reward.state_dict().items():  # the names of the files, as in gpt.renamed
-        name = name.replace("attention_output_norm", "post_attention_layernorm")
-        name = name.replace("mlp_output_norm", "post_feedforward_layernorm")
+    for name, x in reward.state_dict().items():
+        for theirs, ours in gpt.AFTER.items():
+            name = name.replace(ours, theirs)
         tensors[name if name.startswith("lm_head") else f"model.{name}"] = x
     write(folder, "model", tensors, "config", gpt_config(reward.arch), reward.info)
     (folder / "tokenizer.json").write_text(tokenizer, "utf-8")

@@ -252,6 +252,8 @@ UNLIKE_LLAMA = dict(qwen2=dict(qkv_bias=True), qwen3=dict(qk_norm="head"),
 # Family -> keys that its config.json may leave out, with the values that transformers takes then.
 DEFAULTS = dict(smollm3=dict(tie_word_embeddings=True, no_rope_layer_interval=4),
                 mistral=dict(sliding_window=4096))
+# Names in files with norms "after" -> in this file. In Llama's files, the first one is that of another norm.
+AFTER = dict(post_attention_layernorm="attention_output_norm", post_feedforward_layernorm="mlp_output_norm")
 WEIGHTS = "model.safetensors", "model.safetensors.index.json"
 # Keys of generation_config.json that would change what greedy decoding writes -> the values without effect.
 GREEDY = dict(repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0, guidance_scale=1, num_beams=1) | \
@@ -369,9 +371,7 @@ def renamed(tensors, arch):
     if arch["rope"] is None:
         from models import gpt2  # an optional file
         tensors = gpt2.renamed(tensors)
-    after = arch.get("norms") == "after"  # OLMo's names, of which one is that of another norm in Llama
-    names = dict(post_attention_layernorm="attention_output_norm",
-                 post_feedforward_layernorm="mlp_output_norm") if after else {}
+    names = AFTER if arch.get("norms") == "after" else {}
     return {".".join(names.get(part, part) for part in name.removeprefix("model.").split(".")): x
             for name, x in tensors.items() if ".inv_freq" not in name}
 

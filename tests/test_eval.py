@@ -562,6 +562,8 @@ def test_a_file_of_prompts_is_answered(names, tmp_path, capsys, file):
     assert [x["answers"] for x in found] == [x["answers"] for x in alone]
     printed = capsys.readouterr().out
     assert f"1. {prompts[0]}\n" in printed and f"2. {prompts[1]}\n" in printed
+    found = call(*EVAL_LM, "--prompts", tmp_path / "all.jsonl", "--answers", tmp_path / "all.jsonl")
+    conftest.one_line(found, capsys.readouterr().err, "all.jsonl would overwrite a part of")
     for rows, words in [([dict(messages=[dict(role="system", content="x")])], ["line 1", "--chat-template"]),
                         ([dict(prompt="a"), dict(question="b")], ["line 2", "content is missing"]),
                         ([], ["no prompt"]), ([dict(messages=[])], ["line 1", "is missing"])]:

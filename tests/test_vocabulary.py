@@ -110,7 +110,7 @@ def test_a_reward_with_only_the_hash_of_its_tokenizer_is_known_by_its_source():
 
 
 @torch.no_grad()
-def test_all_ways_to_decode_write_the_same_text():
+def test_all_ways_to_decode_write_the_same_text(monkeypatch):
     """Catches: Speculation, compiled steps, or padding treat unshared ids in another way."""
     base, reward, source = model(QWEN3, seed=1), model(QWEN2), model(QWEN2, seed=2)
     gpt.same_vocabulary(dict(base=base, reward=reward, source=source), "base")
@@ -121,6 +121,11 @@ def test_all_ways_to_decode_write_the_same_text():
     for drafter in None, (source, rewards):
         assert torch.equal(want, decode.speculative(base, rewards, ids, length=24, pad=pad, end=[1, 2],
                                                     drafter=drafter))
+    step = torch.compile(decode.last_logits, backend="eager", fullgraph=True)  # traced, without a compiler
+    monkeypatch.setattr(decode, "compiled_logits", lambda device_type: step)
+    torch._dynamo.reset()
+    assert torch.equal(want, decode.compiled(base, rewards, ids, length=24, pad=pad, end=[1, 2]))
+    torch._dynamo.reset()
     processor = RewardProcessor(model(QWEN2), beta=1 / 1.5, tokenizer=SimpleNamespace(
         backend_tokenizer=SimpleNamespace(to_str=lambda: QWEN3)))
     same = RewardProcessor(again := model(QWEN2), tokenizer=SimpleNamespace(
