@@ -33,13 +33,7 @@ class RewardProcessor:
             raise ValueError('a row of the attention mask is not zeros, then ones: set padding_side="left"')
         self.prompts, self.seen, self.cache, self.unshared = None, None, None, None
         if tokenizer is not None:
-            base = Tokenizer(tokenizer.backend_tokenizer.to_str(), "the base's tokenizer")
-            self.size, own = base.size, info.get("tokenizer")
-            model.reads, model.size = None, model.arch["vocab"]  # not those of an earlier processor
-            if own != base.hash and info.keys() & {"ticket", "lora"}:
-                raise ValueError("a reward in a small file has only a hash of its tokenizer: not the base's")
-            if own != base.hash and (own := Tokenizer(own, "the reward's tokenizer")).hash != base.hash:
-                self.unshared = vocabulary.translate(model, own, base, "the reward")
+            self.size, self.unshared = adapt(model, tokenizer.backend_tokenizer.to_str())
 
     @torch.no_grad()
     def __call__(self, input_ids, scores):
@@ -54,11 +48,7 @@ class RewardProcessor:
         features = self.model.features(input_ids[:, start:], self.cache)[:, -1]
         r = prt.reward(self.model.head(features), beta=self.trained_beta)
         self.seen = input_ids.clone()
-        base_logits = scores[:, :self.size].float()
-        log_probs = prt.tilt(base_logits, r[:, :self.size], self.beta)
-        if self.unshared is not None:
-            log_probs = vocabulary.keep(base_logits, log_probs, self.unshared).log_softmax(-1)
-        return F.pad(log_probs, (0, scores.shape[1] - log_probs.shape[1]), value=-torch.inf)
+        return tilted(scores, r, self.beta, self.size, self.unshared)
 
     def row_padding(self, ids):
         """Returns how many positions of each row of ids [R, T] are padding, [R].
@@ -79,3 +69,30 @@ class RewardProcessor:
         seen = ids[:, :0] if self.seen is None or len(self.seen) != len(ids) else self.seen
         n = min(ids.shape[1] - 1, seen.shape[1])
         return int((ids[:, :n] == seen[:, :n]).all(0).long().cumprod(0).sum())
+
+
+def adapt(model, text):
+    """Makes a reward read and write the ids of a base's tokenizer, in place; text: its tokenizer.json.
+
+    Returns its number of tokens, and the ids without a reward, as of vocabulary.translate, or None. Raises
+    ValueError if the tokenizers do not fit.
+    """
+    base, own = Tokenizer(text, "the base's tokenizer"), getattr(model, "info", {}).get("tokenizer")
+    model.reads, model.size, unshared = None, model.arch["vocab"], None  # not those of an earlier base
+    if own != base.hash and model.info.keys() & {"ticket", "lora"}:
+        raise ValueError("a reward in a small file has only a hash of its tokenizer: not the base's")
+    if own != base.hash and (own := Tokenizer(own, "the reward's tokenizer")).hash != base.hash:
+        unshared = vocabulary.translate(model, own, base, "the reward")
+    return base.size, unshared
+
+
+def tilted(scores, r, beta, size, unshared):
+    """Returns `prt.tilt` of scores [R, V] by r [R, at least size], float32 [R, V], -inf beyond `size` tokens.
+
+    beta: a number or [R, 1]. size, unshared: what `adapt` returns, or None.
+    """
+    base_logits = scores[:, :size].float()
+    log_probs = prt.tilt(base_logits, r[:, :size], beta)
+    if unshared is not None:
+        log_probs = vocabulary.keep(base_logits, log_probs, unshared).log_softmax(-1)
+    return F.pad(log_probs, (0, scores.shape[1] - log_probs.shape[1]), value=-torch.inf)

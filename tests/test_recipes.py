@@ -36,6 +36,8 @@ python() { printf '%s\\0' "$@"; echo; }
 torchrun() { while [[ $1 == --* ]]; do shift; done; python "$@"; }
 pip() { :; }
 pytest() { :; }
+vllm() { :; }
+curl() { :; }
 """
 # What makes a command of a script quick. Of two equal flags, the later one counts.
 FEW = {"train_vision.py": ["--steps", 2, "--batch", 8],
