@@ -10,6 +10,11 @@ python eval.py --reward reward.pt --base Qwen/Qwen2.5-7B --tasks gsm8k ifeval he
 
 With --speculative the rewards draft together with their source, or the first reward alone if that is not
 found. In the row of EFT, the model in --tuned-source drafts.
+
+Columns of the table: top1, the share of images with the right class first; form and exact, the shares of
+generated answers with a number after ####, and with the right one (error: its standard error); nll, of the
+right class or tokens, and kl, from the row's base, in nats; accuracy, of single tokens; ms and speed, see
+data/README.md; mib, memory on a GPU; bytes, of the files of rewards.
 """
 import json
 import os
@@ -344,7 +349,7 @@ def image_table(args, device, models):
     by_class = {row: records.accuracy_by_class(data, x) for row, x in scored.items() if args.json}
     print_table(args, device, results, about, accuracy_by_class=by_class)
     if args.answers:
-        records.write(args.answers, records.predictions(data, scored))
+        files.write_lines(args.answers, records.predictions(data, scored))
     if picture := args.picture or (args.run and str(Path(args.run) / "picture.png")):
         from models.picture import draw_picture
         with files.atomic(picture) as f:
@@ -472,7 +477,7 @@ def answer_prompts(args, asked, rows, how, form, tokenizer, ends, room):
     if args.answers:
         labeled = dict(zip(map(records.label, rows), written))
         examples = [(name, [(x, False), (None, True)]) for (name, _), x in zip(asked, texts)]
-        records.write(args.answers, records.texts(examples, labeled, tokenizer))
+        files.write_lines(args.answers, records.texts(examples, labeled, tokenizer))
 
 
 def text_table(args, device, models, rows, how, tokenizer, ends, room):
@@ -514,7 +519,7 @@ def text_table(args, device, models, rows, how, tokenizer, ends, room):
     if args.answers:
         from models import records
         labeled = dict(zip(map(records.label, rows), kept))
-        records.write(args.answers, records.texts(examples, labeled, tokenizer))
+        files.write_lines(args.answers, records.texts(examples, labeled, tokenizer))
 
 
 def task_tables(args, device, models, rows, how, tokenizer, ends, room, form):
@@ -571,8 +576,7 @@ def print_table(args, device, results, about, tables=None, **more):
         print(f"KL(source || base): {about['kl_of_bases']:.4f} nats. The smaller it is, the more similar the "
               "effect of a reward on both (Prop. 3.2)")
     if args.json:
-        from models import records
-        about |= records.origin() | dict(seconds=time.perf_counter() - BEGIN, rewards=args.reward)
+        about |= runs.origin() | dict(seconds=time.perf_counter() - BEGIN, rewards=args.reward)
         with files.atomic(args.json) as f:
             f.write(json.dumps(about | more | dict(rows=results), indent=1).encode())
 

@@ -107,11 +107,11 @@ def label_loss(base_logits, r, targets, beta, alpha):
 
 
 def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alpha=0.0, loss=label_loss,
-        optimizer=None, warmup=0, decay="cosine", clip=1.0, accum=1, seed=0, head=None, chunk=512,
-        log_every=50, start=0, save=None, save_every=None, stop=lambda: False, name="fit"):
+        optimizer=None, warmup=0, decay="cosine", clip=1.0, accum=1, seed=0, start=0, head=None, chunk=None,
+        log_every=50, record=lambda row: None, save=None, save_every=None, stop=lambda: False, name="fit"):
     """Algorithm 1: trains `model` in place so that the base, tilted by its reward, predicts the targets.
 
-    model: the reward model, model(*inputs) -> logits [N, L]. Its train or eval mode is left as it is.
+    model: model(*inputs) -> logits [N, L], on CUDA in bfloat16 autocast. Its train or eval mode stays.
     indices: deterministic function from a step to a LongTensor [batch] of example indices.
     fetch: function (indices [b] of a micro-batch, generator) -> (inputs, targets [N], the base's output if it
         is cached, else None), on the model's device. All its random numbers must come from the generator.
@@ -124,20 +124,20 @@ def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alph
     start: the number of finished steps, if model and optimizer come from a checkpoint (with the peak rates).
     save: called with the number of finished steps, every save_every steps (default: steps // 4) and last.
     stop: called after every step. If it returns True, on all processes, `fit` saves and returns.
-
-    Returns a list of the dicts of `log`, which may raise FloatingPointError. On CUDA, forward is in bfloat16.
+    record: called with each dict of `log`, a list of which is returned. Raises FloatingPointError as `log`.
+    >>> x, y = torch.randn(80, 8), torch.arange(80) % 4
+    >>> source, model, new_base = torch.nn.Linear(8, 4), torch.nn.Linear(8, 4), torch.nn.Linear(8, 4)
+    >>> fetch = lambda i, generator: ((x[i],), y[i], None)
+    >>> history = fit(model, lambda step: torch.arange(16) + step % 5 * 16, fetch, steps=10, base=source)
+    >>> log_probs = tilt(new_base(x), reward(model(x)))  # no training with the new base
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     check_call(model, indices, fetch, base, method, optimizer, decay, world)
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    cuda = next(model.parameters()).is_cuda
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=cuda)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()  # `log` shows the peak of this call
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=next(model.parameters()).is_cuda)
     cancels = method == "ft" and loss is label_loss and not alpha  # the base, which need not run then
-    if head is None:
-        head, chunk = (lambda model, logits: logits), None
+    head = head or (lambda model, logits: logits)
     history, totals, logged, clock = [], Counter(), start, time.perf_counter()
     bar = tqdm(range(start, steps), desc=name, total=steps, initial=start, disable=True if rank else None)
     for step in bar:
@@ -169,13 +169,14 @@ def fit(model, indices, fetch, *, steps, base=None, method="prt", beta=1.0, alph
                         totals.update(kl=kl(tilt(some, r, beta), some).sum(), kl_targets=len(some))
                 del logits, uniform, base_logits, r, loss_sum  # frees memory for backward through the network
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        totals.update(norm=norm.full_tensor() if world > 1 else norm)
+        totals.update(norm=norm.full_tensor() / world if world > 1 else norm)  # `log` adds them up
         optimizer.step()
         optimizer.zero_grad()
         stopping, last = stop(), step + 1 == steps
         saving = save and (stopping or last or (step + 1) % (save_every or max(1, steps // 4)) == 0)
         if saving or stopping or last or (step + 1) % log_every == 0:
             history.append(log(bar, name, totals, logged, step + 1, len(batch), clock))
+            record(history[-1])
             if saving:
                 save(step + 1)
             totals, logged, clock = Counter(), step + 1, time.perf_counter()
@@ -258,7 +259,6 @@ def log(bar, name, totals, logged, step, batch, clock):
                           for x in totals.values()])
     if dist.is_initialized():
         dist.all_reduce(values)
-        values[[*totals].index("norm")] /= dist.get_world_size()  # the same in every process
     sums, steps = dict(zip(totals, values.tolist())), step - logged
     seconds = (time.perf_counter() - clock) / steps
     loss, accuracy = sums["loss"] / sums["targets"], sums["correct"] / sums["targets"]

@@ -7,21 +7,24 @@ python train_lm.py --data gsm8k --method ft                 plain fine-tuning of
 python train_lm.py --data book.txt --method pretrain        a base of your own
 torchrun --nproc_per_node=8 train_lm.py --data gsm8k
 
-Without --data, --source, and --method it makes the five models of models/examples.py. --beta is the unit of
-the reward, which is beta times the network's logits (the paper's lambda). It cancels out of the loss unless
---alpha is set, the weight of the entropy of softmax(reward). Each process computes its part of --batch in
---accum micro-batches, by default as few as fit into a GPU's memory (models/memory.py), or on a CPU those of 8
-examples. --chunk is by default what an eighth of a GPU's memory holds.
+Without --data, --source, and --method it makes the five models of models/examples.py; other flags apply to
+all of them, --reward-init to the reward alone. --beta is the unit of the reward, which is beta times the
+network's logits (the paper's lambda). It cancels out of the loss unless --alpha is set, the weight of the
+entropy of softmax(reward). Each process computes its part of --batch in --accum micro-batches, by default as
+few as fit into a GPU's memory (models/memory.py), or on a CPU those of 8 examples. --chunk is by default what
+an eighth of a GPU's memory holds.
+
+The defaults suit thousands of examples. For 200: --epochs 10 --batch 16 --hold-out 0.2 --keep-best. OUT.jsonl
+is the log of a run.
 """
 import contextlib
 import math
-from pathlib import Path
 
 import torch
 
 import prt
 from data import text
-from models import flags, runs, scores, weights
+from models import flags, runs, scores, watch, weights
 from models.gpt import new_output_matrix, same_vocabulary
 
 REMEDY = ("lower --length or --chunk, raise --accum, add --recompute, train --lora, or use more GPUs "
@@ -98,11 +101,10 @@ def train(args, device, state):
     test = None
     with contextlib.suppress(FileNotFoundError):  # there may be no test split
         test = text.encode(text.load(args.data, "test", chat)[1], tokenizer, end, room)
-    used = len(runs.hold_out(len(lengths), args.hold_out)[0])
-    steps = args.steps or math.ceil(args.epochs * used / args.batch)
+    used, held = runs.hold_out(len(lengths), args.hold_out)
+    steps = args.steps or math.ceil(args.epochs * len(used) / args.batch)
     indices = runs.batches(len(lengths), args.hold_out, args.batch, args.seed)
     indices = text.group_by_length(indices, lengths, args.batch, steps, args.seed)
-    few = ": few; raise --epochs, or lower --batch" if steps < 50 and not args.steps else ""
     flags.check_warmup(args, steps)
 
     # The reward model, which starts as a copy of the source.
@@ -124,7 +126,12 @@ def train(args, device, state):
     else:
         each, chunk = args.batch // runs.world_size(), args.chunk or 512
         accum = args.accum or each // max(n for n in range(1, 9) if each % n == 0)
-    print(f"{used} of {len(lengths)} examples, --accum {accum}, --chunk {chunk}, {steps} steps{few}")
+    # The reward of fine-tuning is model - source, so that the sum is the model.
+    rewards = [(1.0, model)] + ([(-1.0, source)] if args.method == "ft" else []) if source else []
+
+    def score(tokens, i, rewards):
+        batches = text.batches(tokens, i, tokens=8192)
+        return scores.score_texts(source or model, rewards, batches, chunk)
 
     def fetch(i, generator):
         return *runs.to_device(text.collate(data, i), device), None
@@ -135,25 +142,23 @@ def train(args, device, state):
         if network and not (args.lora and network is source):
             runs.place(network, device, dtype, dtype, args.compile)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    start = weights.restore(args, model, optimizer, state, steps)
+    said = dict(examples=f"{len(used)} of {len(lengths)}", tokens=sum(lengths), accum=accum, chunk=chunk)
+    rows, hooks = watch.begin(args, info, model, optimizer, state, steps, said,
+                              len(held) and (lambda: score(data, held, rewards)))
     history = prt.fit(
         model, indices, fetch, base=source, method=args.method if source else "prt", beta=args.beta,
         alpha=args.alpha, optimizer=optimizer, steps=steps, decay="linear",
         warmup=round(0.03 * steps) if args.warmup is None else args.warmup, accum=accum,
-        seed=args.seed, head=lambda model, x: model.head(x), chunk=chunk, start=start, stop=runs.stopping,
-        name=Path(args.out).stem,
-        save=lambda step: weights.save(args, info, model, optimizer, step, steps))
-    runs.after_training(args.out, history[-1]["step"], steps)
+        seed=args.seed, head=lambda model, x: model.head(x), chunk=chunk, **hooks)
+    watch.end(args, rows, history[-1]["step"], steps)
 
     if test:
-        batches = text.batches(test, torch.arange(len(test.ids)), tokens=8192)
-        rows = {args.out: (model, [])}
-        if source:  # the reward of fine-tuning is model - source, so that the sum is the model
-            rewards = [(1.0, model)] + ([(-1.0, source)] if args.method == "ft" else [])
-            rows = {args.source: (source, []), args.out: (source, rewards)}
-        for name, (base, rewards) in rows.items():
-            print(f"{name}: " + "NLL {nll:.3f} per token, {accuracy:.2%} of the tokens".format(
-                **scores.score_texts(base, rewards, batches, chunk)))
+        found = {name: score(test, torch.arange(len(test.ids)), added)
+                 for name, added in (({args.source: []} if source else {}) | {args.out: rewards}).items()}
+        for name, means in found.items():
+            print(f"{name}: " + "NLL {nll:.3f} per token, {accuracy:.2%} of the tokens".format(**means))
+        first, last = ([*found.values()][k]["nll"] for k in (0, -1))
+        watch.compare(-first, -last)
 
 
 def load_models(args, chat=None):

@@ -3,22 +3,24 @@
 python train_vision.py                                  two small CLIPs, a reward, and their table
 python train_vision.py --data cifar100                  the paper's recipe: ViT-B-16 (LAION-400M), one GPU
 python train_vision.py --data cifar100 --method ft      plain fine-tuning of the source, for EFT
+python train_vision.py --data DIR --source net.py:old   a network of your own (models/own.py)
 python train_vision.py --data DIR --method pretrain     a base of your own, from captions
 torchrun --nproc_per_node=8 train_vision.py --data cifar100
 
-Without --data, --source, and --method it makes the five models of models/examples.py. --beta is the unit of
-the reward, which is beta times the network's logits (the paper's lambda). It cancels out of the loss unless
---alpha is set, the weight of the entropy of softmax(reward). Each process computes its part of --batch in
---accum micro-batches.
-"""
-from pathlib import Path
+Without --data, --source, and --method it makes the five models of models/examples.py; other flags apply to
+all of them, --reward-init to the reward alone. --beta is the unit of the reward, which is beta times the
+network's logits (the paper's lambda). It cancels out of the loss unless --alpha is set, the weight of the
+entropy of softmax(reward). Each process computes its part of --batch in --accum micro-batches.
 
+The defaults suit thousands of examples. For 200: --steps 300 --batch 32 --hold-out 0.2 --keep-best. OUT.jsonl
+is the log of a run.
+"""
 import torch
 
 import prt
-from data import images
-from models import flags, runs, scores, weights
-from models.clip import classifier, resize
+from data import hub, images
+from models import flags, runs, scores, watch, weights
+from models.clip import resize
 
 REMEDY = "raise --accum, train --lora, or use more GPUs (torchrun)"
 # Flag -> default, the paper's recipe. Pretraining and small rewards (masks, low-rank) change some of them.
@@ -41,6 +43,9 @@ def parse(argv=None):
     args = flags.parsed(p, argv)
     if args.reward_init == "head":
         p.error("--reward-init head is for text: a CLIP's head is made of the class names")
+    other = args.ticket or args.method == "pretrain" or args.reward_init == "random"
+    if other and hub.OWN.fullmatch(args.source or ""):
+        p.error("a network of your own goes without --ticket, --method pretrain, and --reward-init random")
     return flags.resolve(p, args, RECIPES, no_pretraining=[])
 
 
@@ -69,7 +74,7 @@ def train(args, device, state):
     # The source, as a zero-shot classifier, and the data.
     clip = weights.load(args.source, "base", text=False, dtype=None)
     data, test = (images.load(args.data, split, clip.arch["image_size"]) for split in ("train", "test"))
-    source = classifier(clip, images.prompts(data.classes, data.templates), device).requires_grad_(False)
+    source = weights.as_classifier(clip, data.classes, data.templates, device).requires_grad_(False)
     info = dict(kind="classifier", arch=source.arch, classes=data.classes, templates=data.templates,
                 examples=data.examples, data=args.data, method=args.method, beta=args.beta,
                 source=args.source, source_sha256=weights.fingerprint(source))
@@ -94,7 +99,8 @@ def train(args, device, state):
     if not args.lora:
         runs.place(source, device, frozen, compile=args.compile and args.augment)
     runs.place(model, device, frozen if args.lora else torch.float32, compile=args.compile)
-    test_logits = scores.predict(source, test.images)
+    held = runs.hold_out(len(data.labels), args.hold_out)[1]
+    test_logits, held_logits = (scores.predict(source, x) for x in (test.images, data.images[held]))
     pixels, labels = runs.move_if_it_fits(data.images, device), data.labels.to(device)
     if not args.augment:  # with it, the images differ in every step, and the source runs in each of them
         source, source_logits = None, scores.predict(source, pixels)  # [N, L]
@@ -105,22 +111,28 @@ def train(args, device, state):
             return (images.augment(resize(x, model.arch["image_size"]), generator),), y, None
         return (x,), y, runs.take(source_logits, i, device)
 
+    def score(x, base_logits, y):  # of the source with the reward
+        logits = scores.predict(model, x)
+        r = prt.reward(logits, base_logits if args.method == "ft" else None, args.beta)
+        return scores.classification(prt.tilt(base_logits, r, args.beta), y)
+
     # Algorithm 1
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    start = weights.restore(args, model, optimizer, state, args.steps)
+    said = dict(images=f"{len(data.labels) - len(held)} of {len(data.labels)}", classes=len(data.classes))
+    rows, hooks = watch.begin(args, info, model, optimizer, state, args.steps, said, len(held) and (
+        lambda: score(data.images[held], held_logits, data.labels[held])))
     history = prt.fit(
         model, indices, fetch, base=source, method=args.method, beta=args.beta, alpha=args.alpha,
         optimizer=optimizer, steps=args.steps,
         warmup=args.steps // 4 if args.warmup is None else args.warmup, accum=args.accum, seed=args.seed,
-        start=start, stop=runs.stopping, name=Path(args.out).stem,
-        save=lambda step: weights.save(args, info, model, optimizer, step, args.steps))
-    runs.after_training(args.out, history[-1]["step"], args.steps)
+        **hooks)
+    watch.end(args, rows, history[-1]["step"], args.steps)
 
-    logits = scores.predict(model, test.images)
-    r = prt.reward(logits, test_logits if args.method == "ft" else None, args.beta)
-    tilted = prt.tilt(test_logits, r, args.beta)
-    print(f"{args.source} alone: {scores.accuracy(test_logits, test.labels):.2%} on the test split")
-    print(f"{args.out}: {scores.accuracy(tilted, test.labels):.2%} on the test split")
+    before = scores.accuracy(test_logits, test.labels)
+    after = score(test.images, test_logits, test.labels)["accuracy"]
+    print(f"{args.source} alone: {before:.2%} on the test split")
+    print(f"{args.out}: {after:.2%} on the test split")
+    watch.compare(before, after)
 
 
 if __name__ == "__main__":

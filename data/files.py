@@ -241,3 +241,9 @@ def unique(pairs):
     if len(content) < len(pairs):
         raise ValueError(f"a key stands twice among {', '.join(content):.100}")
     return content
+
+
+def write_lines(path, rows):
+    """Writes dicts as lines of JSON."""
+    with atomic(path) as f:
+        f.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)

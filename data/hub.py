@@ -15,6 +15,7 @@ from tqdm import tqdm
 from data import files
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+OWN = re.compile(r"(.+\.py):\w+")  # file.py:function, see models/own.py
 
 
 def endpoint():
@@ -29,7 +30,7 @@ def hub(repo, name, kind=""):
 
 def locate(source):
     """Returns whether a source is a file or folder. Raises FileNotFoundError if it is no Hub id, either."""
-    is_local = Path(source).exists()
+    is_local = Path(OWN.fullmatch(source)[1] if OWN.fullmatch(source) else source).exists()
     if not is_local and (not HUB_ID.fullmatch(source) or source.endswith((".pt", ".bin", ".safetensors"))):
         raise FileNotFoundError(f"{source}: no such file or folder, and not a Hub id (org/name) either")
     return is_local

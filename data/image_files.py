@@ -32,7 +32,8 @@ def reader(source):
     if (root / "train").is_dir():
         return partial(folder, root)
     if root.is_dir():
-        raise ValueError(f"--data {source}: holds neither classnames.txt nor train/CLASS/*.jpg")
+        raise ValueError(f"--data {source}: has no folder train: sort its images into train/CLASS/*.jpg and "
+                         "test/CLASS/*.jpg (or is it clip-benchmark's? Then classnames.txt is missing)")
     raise ValueError(f"--data {source}: unknown. Use shapes, cifar100, {', '.join(HUB)}, a Hub id "
                      "(org/name), or a folder with classnames.txt and train/0.tar, or train/CLASS/*.jpg")
 

@@ -52,7 +52,8 @@ def find(source, split):
         raise ValueError(f"--data {source}: unknown. Use arithmetic, gsm8k, a .jsonl, .parquet, or .txt file,"
                          " or a folder with train.* and test.*")
     if not path.name.endswith(KINDS):
-        raise ValueError(f"--data {source}: its name must end in {', '.join(KINDS)}")
+        raise ValueError(f"--data {source}: its name must end in {', '.join(KINDS)}. A row has prompt and "
+                         "response, question and answer, or messages; a .txt file is a text to go on with")
     if split == "test":
         raise FileNotFoundError(f"--data {source}: no test split; use a folder with train.* and "
                                 f"test.*, or, to score on this file itself, eval.py --data {source}")

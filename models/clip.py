@@ -219,6 +219,8 @@ def network(info, arch, head=None):
 
 def check_arch(arch):
     """Raises ValueError unless an architecture in a checkpoint has the keys and values named above."""
+    if "net" in arch:
+        return schema.check(arch, "arch", dict(net="a text", image_size="a positive integer"))
     tower = "convnext" if "widths" in arch else "resnet" if isinstance(arch.get("layers"), list) else "vit"
     schema.check(arch, "arch", "clip", tower)
     heads(arch["text_width"], arch["text_heads"])

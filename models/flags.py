@@ -51,6 +51,8 @@ def training(doc, recipes, warmup):
     recipe.add_argument("--alpha", type=from_0(float), help=f"entropy bonus, eq. 12 {default('alpha')}")
     recipe.add_argument("--hold-out", type=from_0(float, below=1), help="share of the training split to "
                         f"leave to eval.py --beta auto {default('hold_out')}")
+    run.add_argument("--keep-best", action="store_true", help="with --hold-out: keep the checkpoint with the "
+                     "best held-out score in OUT.best.pt, too")
     ticket.add_argument("--ticket", choices=("random", "base"), help="train a mask over weights that are "
                         "random, or those of --source (default: none)")
     ticket.add_argument("--keep", type=positive(float, below=1), help="share of ones in the mask "
@@ -72,6 +74,8 @@ def resolve(p, args, recipes, no_pretraining):
     """
     if args.method in ("ft", "pretrain") and args.reward_init:
         p.error(f"--reward-init is for rewards, not for --method {args.method}")
+    if args.keep_best and not args.hold_out:
+        p.error("--keep-best needs examples that are not trained on: --hold-out 0.1")
     starts = (None, "copy", "head")  # of low-rank changes
     if args.lora and (args.ticket or args.method == "pretrain" or args.reward_init not in starts):
         p.error("--lora changes --source: it goes with neither --ticket, --method pretrain, nor another "
@@ -80,7 +84,8 @@ def resolve(p, args, recipes, no_pretraining):
         from models import tickets
         tickets.check_flags(p, args)
     if args.method == "pretrain":
-        idle = ["beta", "alpha", "reward_init", *no_pretraining] + (["size"] if args.source else [])
+        idle = ["beta", "alpha", "reward_init", "keep_best", *no_pretraining]
+        idle += ["size"] if args.source else []
     else:
         idle = ["size"]
     refuse(p, args, idle + (["epochs"] if args.steps else []), f"here (--method {args.method or 'prt'})")
@@ -133,6 +138,7 @@ def filled(defaults, args):
     return argparse.Namespace(**vars(args) | defaults | steps | given)
 
 
+NAMED = set()  # what is in the command line: code is run only if it is (models/own.py)
 LIMITS = {int: 2**31, float: math.inf}
 
 
@@ -164,6 +170,7 @@ def parsed(p, argv):
     args = p.parse_args(argv)
     for name, value in vars(args).items():
         words = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, str)]
+        NAMED.update(words)
         if "" in words and name != "prompt":
             p.error(f"--{name.replace('_', '-')} is empty")
         if any("\udc80" <= c <= "\udcff" for word in words for c in word):

@@ -5,7 +5,7 @@ import torch
 
 import prt
 from data import files
-from models import runs, scores, weights
+from models import runs, scores, watch, weights
 
 TINY = dict(embed_dim=64, image_size=32, patch=8, width=64, layers=2, heads=2, text_width=64, text_layers=2,
             text_heads=2, context=77, vocab=49408, mean=[0.5] * 3, std=[0.25] * 3, quick_gelu=False)
@@ -48,13 +48,12 @@ def clip(args, device, state):
 
     runs.place(model, device, compile=args.compile)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    start = weights.restore(args, model, optimizer, state, args.steps)
+    rows, hooks = watch.begin(args, info, model, optimizer, state, args.steps, dict(images=len(data.labels)))
     history = prt.fit(
         model, indices, fetch, optimizer=optimizer, steps=args.steps,
         warmup=args.steps // 4 if args.warmup is None else args.warmup, accum=args.accum, seed=args.seed,
-        start=start, stop=runs.stopping, name=Path(args.out).stem,
-        save=lambda step: weights.save(args, info, model, optimizer, step, args.steps))
-    runs.after_training(args.out, history[-1]["step"], args.steps)
+        **hooks)
+    watch.end(args, rows, history[-1]["step"], args.steps)
 
     saved = weights.load(args.out, "base", text=False)
     saved = classifier(saved, images.prompts(data.classes, data.templates), device).to(device)

@@ -1,23 +1,9 @@
 """What eval.py writes besides its table: every answer (--answers), and what a report comes from (--json)."""
-import json
-import platform
-import subprocess
-from pathlib import Path
-
-import torch
-
-from data import files
 
 
 def label(row):
     """Returns the name of a row of the table."""
     return row.method if row.beta is None else f"{row.method}, beta {row.beta:g}"
-
-
-def write(path, lines):
-    """Writes dicts as lines of JSON."""
-    with files.atomic(path) as f:
-        f.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
 
 
 def texts(examples, written, tokenizer):
@@ -43,13 +29,3 @@ def accuracy_by_class(data, scores):
     right = (scores.argmax(-1) == data.labels).float()
     return {name: right[data.labels == k].mean().item() for k, name in enumerate(data.classes)
             if (data.labels == k).any()}
-
-
-def origin():
-    """Returns the commit of this code, if it is a clone, and the versions of Python and torch."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    return dict(commit=commit, python=platform.python_version(), torch=torch.__version__)

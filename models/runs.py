@@ -3,10 +3,13 @@ import contextlib
 import functools
 import math
 import os
+import platform
 import re
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -186,6 +189,23 @@ def place(model, device, dtype=torch.float32, vectors=torch.float32, compile=Fal
         torch._dynamo.config.recompile_limit = 64  # instead of 8: for each dtype, shape, and mode of a block
         for part in blocks(model) or [model]:
             part.forward = torch.compile(part.forward)
+
+
+def name_of(device):
+    """Returns what computes: how many processes, and the GPU or the number of threads of each."""
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else f"CPU ({torch.get_num_threads()} threads)"
+    return f"{world_size()} x {name}" if world_size() > 1 else name
+
+
+def origin():
+    """Returns the commit of this code, if it is a clone, and the versions of Python and torch."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return dict(commit=commit, python=platform.python_version(), torch=torch.__version__)
 
 
 def check_memory(need, device, remedy):

@@ -21,6 +21,12 @@ def accuracy(scores, labels):
     return (scores.argmax(-1).cpu() == labels.cpu()).float().mean().item()
 
 
+def classification(log_probs, labels):
+    """Returns a dict of accuracy in [0, 1] and mean nll in nats, for log_probs [N, L] and labels [N]."""
+    nll = F.nll_loss(log_probs.cpu(), labels.cpu()).item()
+    return dict(accuracy=accuracy(log_probs, labels), nll=nll)
+
+
 def score_texts(base, rewards, batches, chunk=512, kl_base=None):
     """Returns a dict of means over all targets: nll and kl in nats, and accuracy in [0, 1].
 

@@ -52,6 +52,7 @@ class PastOfRows(Past):
     """A Past whose `slots` are rows [B, 1] of the cache, positions [B, T] in them, and which rows to read."""
 
     def extend(self, k, v):
+        """Writes the new keys and values [B, KV, T, D/H]; returns all that are attended to."""
         rows, positions, read = self.slots
         for new, cached in ((k, self.keys), (v, self.values)):
             cached[rows, :, positions] = new.transpose(1, 2).to(cached.dtype)  # both [B, T, KV, D/H]

@@ -21,7 +21,7 @@ FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_fro
 # The file that tells a folder's layout -> whether it is that of a model for text.
 LAYOUTS = {"open_clip_config.json": False, "config.json": True}
 # Flags that may change when a run is resumed.
-MAY_CHANGE = {"resume", "device", "compile", "out", "chunk", "recompute"}
+MAY_CHANGE = {"resume", "device", "compile", "out", "chunk", "recompute", "keep_best"}
 
 
 # Load
@@ -32,7 +32,7 @@ def load(name, role=None, text=None, dtype=torch.float32, source=None):
     name: a checkpoint of this project; a folder, or a Hub id org/name, in OpenCLIP's layout
         (open_clip_config.json + open_clip_model.safetensors or open_clip_pytorch_model.bin) or Hugging Face's
         (config.json + model.safetensors, or its index and shards, + the tokenizer's files); or a bare CLIP
-        state dict (.pt, .bin, .safetensors).
+        state dict (.pt, .bin, .safetensors); or a network of your own, file.py:function (models/own.py).
     role: the role that it must have, a key of ROLES. text: True for a model for text, False for images.
     dtype: of a GPT's weights; those of image models are then float32. None: as in the file, which is mapped
         into memory, so that runs.place need not hold the model twice.
@@ -42,6 +42,11 @@ def load(name, role=None, text=None, dtype=torch.float32, source=None):
     Raises ValueError or OSError that names the file.
     """
     name, path = str(name), Path(name)
+    if hub.OWN.fullmatch(name):
+        if text or role not in (None, "base"):
+            raise ValueError(f"{name}: a network of your own can only be a base for images")
+        from models import own  # an optional file
+        return own.load(name)
     try:
         if path.exists() and not path.is_dir():
             model = from_file(path, role, dtype, source)
@@ -97,6 +102,8 @@ def from_file(path, role, dtype, source):
     if not all(x.isfinite().all() for x in content["model"].values()):
         raise ValueError("a weight is nan or infinite")
     info = {k: v for k, v in content.items() if k != "model"}
+    if "net" in content["arch"] and hub.OWN.fullmatch(source or ""):  # where the file is now
+        info["arch"] = content["arch"] = content["arch"] | dict(net=source)
     return build(info, content["arch"], content["model"], dtype)
 
 
@@ -123,11 +130,22 @@ def load_base(name, info, dtype=torch.float32, device=None):
     device: where the text tower of that runs.
     """
     model = load(name, "base", info["kind"] == "gpt", dtype)
-    if info["kind"] == "gpt":
-        return model
+    if info["kind"] != "gpt":
+        model = as_classifier(model, info["classes"], info["templates"], device)
+    return model
+
+
+def as_classifier(model, classes, templates, device=None):
+    """Returns the zero-shot classifier of a CLIP, or a network of your own as it is, if it has these classes.
+
+    device: where a CLIP's text tower runs.
+    """
+    if model.info["kind"] != "clip":
+        from models import own  # an optional file
+        return own.checked(model, classes)
     from data import images
     from models.clip import classifier
-    return classifier(model, images.prompts(info["classes"], info["templates"]), device)
+    return classifier(model, images.prompts(classes, templates), device)
 
 
 def build(info, arch, tensors, dtype=torch.float32):
@@ -136,6 +154,9 @@ def build(info, arch, tensors, dtype=torch.float32):
     info: its kind is "clip" (two towers), "classifier", or "gpt". dtype: as in `load`. The model is built on
     the meta device, so that no weight is in memory twice.
     """
+    if "net" in arch:
+        from models import own  # an optional file
+        return own.restored(info, arch, tensors)
     with torch.device("meta"):
         model = network_module(info).network(info, arch, tensors.get("head"))
     dtype = torch.float32 if dtype and info["kind"] != "gpt" else dtype
@@ -171,6 +192,7 @@ def run(args, made=()):
     Raises before any work is done if the run cannot go through (flags.check_run, which has `made`), or if the
     file cannot be written, exists, or belongs to a run that is going on or had other settings.
     """
+    from models import watch  # which needs this file
     flags.check_run(args, made)
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,6 +207,7 @@ def run(args, made=()):
         elif path.exists():
             raise FileExistsError(f"{path} exists: continue it with --resume, or choose another --out")
         else:
+            watch.check(args)
             yield None
 
 

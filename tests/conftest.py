@@ -258,10 +258,13 @@ def same(a, b, **tolerance):
     return a.keys() == b.keys() and all(close(x, b[name]) for name, x in a.items())
 
 
+LOG = [".pt", ".jsonl"]  # see test_watch.py
+
+
 def contents(*folders):
-    """Returns the bytes of every file in some folders, but for those in a cache."""
+    """Returns the bytes of every file in some folders, but for those in a cache, and the logs of runs."""
     return {f: f.read_bytes() for folder in folders for f in folder.rglob("*")
-            if f.is_file() and f.relative_to(folder).parts[0] != "cache"}
+            if f.is_file() and f.relative_to(folder).parts[0] != "cache" and f.suffixes[-2:] != LOG}
 
 
 def one_line(code, err, *words):

@@ -23,8 +23,8 @@ from models import examples
 
 # The flags that have no default: a run or a table does without them.
 NO_DEFAULT = {
-    "train_vision.py": "resume augment compile",
-    "train_lm.py": "resume chat-template drop recompute compile",
+    "train_vision.py": "resume keep-best augment compile",
+    "train_lm.py": "resume keep-best chat-template drop recompute compile",
     "eval.py": "run reward base tuned-source tuned-base tasks chat-template limit json picture answers "
                "prompt prompts speculative compile"}
 

@@ -428,7 +428,7 @@ def test_training_goes_on_without_a_reader(texts, tmp_path, redirect):
     done = subprocess.run(["bash", "-c", f"cp -r {texts.folder}/. . && {command} {redirect}"], cwd=tmp_path,
                           env=environment, capture_output=True, text=True)
     assert read(tmp_path / "x.pt")["step"] == 120 and "Traceback" not in done.stderr
-    assert not [*tmp_path.glob("x.pt.*")]
+    assert [*tmp_path.glob("x.pt.*")] == [tmp_path / "x.pt.jsonl"]
 
 
 def test_two_runs_do_not_write_one_file(paths, capfd):

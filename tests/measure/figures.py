@@ -3,11 +3,13 @@
 python tests/measure/figures.py bytes table.json data/bytes.png
 python tests/measure/figures.py answer out/arithmetic-0 "Eva has 4 bags of 12 eggs each. How many?" x.png
 python tests/measure/figures.py generations out/generations/table.json data/generations.png
+python tests/measure/figures.py curves out/mine.pt out/other.pt x.png
 
 The first draws accuracy over bytes, from a table of eval.py --json with rewards of several kinds, so that it
 has their bytes. The second draws what eval.py --prompt prints in a terminal, with its colors. The third draws
 accuracy over the bases of generations.py, from one or more tables of it: means over the seeds, in bands from
-the lowest to the highest; below them, the seconds of training that each base needs.
+the lowest to the highest; below them, the seconds of training that each base needs. The fourth draws the logs
+of runs: the loss (of what was trained on; on held-out examples with dots) and the accuracy over the steps.
 """
 import contextlib
 import io
@@ -29,28 +31,31 @@ from data import files
 from models import flags, runs
 
 GRAY, BLUE = "#dddddd", "#0077bb"
+COLORS = BLUE, "#ee7733", "#009988", "#cc3311", "#555555"  # of runs
 # What the README calls the rows and files.
 NAMES = {"alone": "new base alone", "reward": "PRT", "ticket_base": "ticket on the old base",
          "ticket_random": "random ticket", "lora_1": "rank 1", "lora_4": "rank 4",
          "fine-tuned": "new base fine-tuned"}
 
 
-def axes(pen, font, box, ticks, gap=6):
+def axes(pen, font, box, ticks, gap=6, top_value=1.0):
     """Draws the axes of accuracy, and returns the function that places (x, accuracy) on the sheet.
 
     box: left, top, right, and bottom. ticks: x -> name below it; the first and the last x are at the ends.
-    gap: between the left axis and its percentages.
+    gap: between the left axis and its percentages. top_value: at the top; if not 1, there are no percentages.
     """
     left, top, right, bottom = box
     first, *_, last = ticks
 
-    def place(x, accuracy):
-        return left + (x - first) / (last - first) * (right - left), bottom - accuracy * (bottom - top)
+    def place(x, y):
+        share = (x - first) / (last - first), y / top_value
+        return left + share[0] * (right - left), bottom - share[1] * (bottom - top)
 
     for percent in range(0, 101, 20):
-        _, y = place(first, percent / 100)
+        value = top_value * percent / 100
+        _, y = place(first, value)
         pen.line((left, y, right, y), GRAY)
-        pen.text((left - gap, y), f"{percent}%", "black", font, "rm")
+        pen.text((left - gap, y), f"{percent}%" if top_value == 1 else f"{value:.2f}", "black", font, "rm")
     for tick, name in ticks.items():
         x, _ = place(tick, 0)
         pen.line((x, top, x, bottom), GRAY)
@@ -175,6 +180,34 @@ def draw_panel(pen, font, title, rows, box):
             pen.text((place(number, 0)[0], y), word, color, font, "ma")
 
 
+def draw_curves(runs, path):
+    """Draws loss and accuracy over the steps of runs, named by their checkpoints or the folder of these."""
+    runs = [str(file).removesuffix(".jsonl") for run in runs
+            for file in (sorted(Path(run).glob("*.pt.jsonl")) if Path(run).is_dir() else [run])]
+    logs = {out: [json.loads(line) for line in Path(f"{out}.jsonl").read_text("utf-8").splitlines()]
+            for out in runs}
+    steps = max(row.get("step", 0) for log in logs.values() for row in log)
+    sheet = Image.new("RGB", (1100, 420 + 22 * len(logs)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for panel, (key, held_out_key) in enumerate((("loss", "nll"), ("accuracy", "accuracy"))):
+        trained, held_out = {}, {}
+        for out, log in logs.items():
+            trained[out] = [(row["step"], row[key]) for row in log if key in row]
+            held_out[out] = [(row["step"], row["held_out"][held_out_key]) for row in log if "held_out" in row]
+        values = [y for lines in (trained, held_out) for line in lines.values() for _, y in line]
+        left = 70 + 540 * panel
+        place = axes(pen, font, (left, 50, left + 430, 350), {0: "0", steps: f"{steps} steps"},
+                     top_value=1.0 if key == "accuracy" else 1.05 * max(values))
+        pen.text((left, 20), f"{key} (dots: on held-out examples)", "black", font)
+        for i, out in enumerate(logs):
+            color = COLORS[i % len(COLORS)]
+            pen.line([place(*point) for point in trained[out]], color, 2)
+            for point in held_out[out]:
+                pen.circle(place(*point), 5, color)
+            pen.text((70, 390 + 22 * i), out, color, font)
+    save(sheet, path)
+
+
 def apart(heights, gap):
     """Returns heights, by name, moved so that they are a gap or more from each other, in the same order."""
     heights, order = dict(heights), sorted(heights, key=heights.get)
@@ -230,14 +263,14 @@ def save(sheet, path):
 def main():
     p = flags.parser(__doc__)
     pictures = p.add_subparsers(dest="picture", required=True)
-    commands = dict(bytes=["table"], answer=["run", "prompt"], generations=["tables"])
+    commands = dict(bytes=["table"], answer=["run", "prompt"], generations=["tables"], curves=["runs"])
     for name, words in commands.items():
         picture = pictures.add_parser(name)
         for word in words:
-            picture.add_argument(word, nargs="+" if word == "tables" else None)
+            picture.add_argument(word, nargs="+" if word in ("tables", "runs") else None)
         picture.add_argument("path")
     arguments = vars(p.parse_args())
-    draw = dict(bytes=draw_bytes, answer=draw_answer, generations=draw_generations)
+    draw = dict(bytes=draw_bytes, answer=draw_answer, generations=draw_generations, curves=draw_curves)
     draw[arguments.pop("picture")](**arguments)
 
 
