@@ -100,7 +100,8 @@ def train(args, device, state):
         runs.place(source, device, frozen, compile=args.compile and args.augment)
     runs.place(model, device, frozen if args.lora else torch.float32, compile=args.compile)
     held = runs.hold_out(len(data.labels), args.hold_out)[1]
-    test_logits, held_logits = (scores.predict(source, x) for x in (test.images, data.images[held]))
+    test_logits = scores.predict(source, test.images)
+    held_logits = scores.predict(source, data.images[held]) if len(held) else None
     pixels, labels = runs.move_if_it_fits(data.images, device), data.labels.to(device)
     if not args.augment:  # with it, the images differ in every step, and the source runs in each of them
         source, source_logits = None, scores.predict(source, pixels)  # [N, L]

