@@ -62,7 +62,7 @@ class PRT(ProcessorV1, ProcessorV2):
         self.beta = os.environ.get("PRT_BETA") or self.trained_beta
         beta_of(None, self.beta)  # raises an error before the first request
         self.requests, self.betas = {}, {}  # of V1, by row of the batch, and of V2, by slot
-        self.filled = {}  # slot -> number of tokens in the cache that stay
+        self.filled = {}  # slot -> number of tokens in the cache, with the drafts of the last step
 
     @classmethod
     def validate_params(cls, params):
@@ -110,7 +110,7 @@ class PRT(ProcessorV1, ProcessorV2):
             rows = [*rows]
             if self.betas[slot] is not None:
                 first = positions[rows[0]]
-                start = min(self.filled[slot], first)
+                start = min(self.filled[slot], first)  # over drafts that were rejected
                 before = self.states.all_token_ids.gpu[slot, start:first].tolist()
                 parts.append(Part(rows, slot, start, before + [ids[i] for i in rows], self.betas[slot]))
         return parts
@@ -126,7 +126,7 @@ class PRT(ProcessorV1, ProcessorV2):
             new = self.cache.features(self.model, ids, slots, starts)  # [B, T, D]
             for part, x in zip(group, new):
                 features.append(x[-len(part.rows):])
-                self.filled[part.slot] = part.start + len(part.ids) - len(part.rows) + 1  # not with drafts
+                self.filled[part.slot] = part.start + len(part.ids)
         if parts:
             rows = torch.tensor([i for part in parts for i in part.rows], device=logits.device)
             beta = torch.tensor([[part.beta] for part in parts for _ in part.rows], device=logits.device)
