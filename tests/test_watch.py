@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import figures
 import pytest
 import torch
-from conftest import OLD, TUNE_LM, call, call_main, interrupted, one_line, read
+from conftest import OLD, TUNE_LM, call, call_main, one_line, read
 from PIL import Image
 
 import prt
@@ -80,12 +80,18 @@ def test_the_best_save_is_kept(tiny, tmp_path, monkeypatch, capsys, name, best):
     assert weights.load(tmp_path / "x.best.pt", "prt", text=False)
 
 
-def test_a_resumed_run_goes_on_in_its_log(tiny, tmp_path):
+def test_a_resumed_run_goes_on_in_its_log(tiny, tmp_path, monkeypatch):
     """Catches: Steps stand twice, or the time begins anew."""
     out, options = tmp_path / "x.pt", ("--steps", 4, "--hold-out", 0.25)
     command = ("train_vision.py", "--data", tiny.data, "--source", tiny.old, "--batch", 8, "--warmup", 0,
                "--out", out, *options)
-    interrupted(*command)
+    def stopping():
+        runs.STOP.signal = 2  # as after Ctrl-C
+        return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "stopping", stopping)
+        assert call(*command) == 130
     before = log(out)
     step = before[-1]["step"]
     assert 0 < step < 4 and not any("held_out" in row for row in before)  # it would delay the end
