@@ -14,7 +14,7 @@ SHARED = ["prt.py", "data/files.py", "data/schema.py", "data/hub.py", "data/bpe.
           "models/runs.py", "models/weights.py", "models/flags.py"]
 IMAGES = [*SHARED, "data/images.py", "data/clip_tokenizer.py", "models/clip.py"]
 TEXT = [*SHARED, "data/text.py", "data/tokenizer.py", "models/gpt.py"]
-CORES = {"train_vision.py": ([*IMAGES, "models/watch.py", "train_vision.py"], 1542),
+CORES = {"train_vision.py": ([*IMAGES, "models/watch.py", "train_vision.py"], 1543),
          "train_lm.py": ([*TEXT, "models/watch.py", "train_lm.py"], 1740),
          "eval.py, images": ([*IMAGES, "eval.py", "models/records.py", "models/picture.py"], 1871),
          "eval.py, text": ([*TEXT, "eval.py", "models/records.py", "models/answers.py",
