@@ -53,7 +53,8 @@ def parse(argv=None):
     models, table, answers = (p.add_argument_group(name) for name in ("models", "table", "answers to text"))
     models.add_argument("--run", help="folder of a training run without flags: sets the next five flags")
     models.add_argument("--reward", nargs="+", help="reward checkpoints; several are added up")
-    models.add_argument("--base", help="base to add the reward to: checkpoint, folder, or Hub id")
+    models.add_argument("--base", help="base to add the reward to: checkpoint, folder, Hub id, or "
+                        "net.py:new (images)")
     models.add_argument("--source", help="what the reward was trained on (default: as stored in it)")
     models.add_argument("--tuned-source", help="fine-tuned source (--method ft): adds a row for EFT, and "
                         "one for the change of its weights, if all of the base's have the same shapes")
@@ -88,7 +89,7 @@ def parse(argv=None):
     if args.run:
         use_run(args)
     if not (args.reward and args.base):
-        p.error(f"needs --reward and --base, or reward.pt and new.pt in the folder --run ({args.run})")
+        p.error("needs --reward and --base, or reward.pt and new.pt in the folder --run")
     outputs = dict(json=".json", picture=".png", answers=".jsonl")
     for flag, suffix in outputs.items():  # no other file is overwritten
         name = getattr(args, flag) or suffix
@@ -182,7 +183,8 @@ def load_models(args, device):
             raise
         print(f"the rows of the source are left out; --source names it: {error}")
         source = None
-    tuned = (args.tuned_source, tuned_source, name, source), (args.tuned_base, tuned_base, args.base, base)
+    tuned = [(args.reward[0], reward, name, source), (args.tuned_source, tuned_source, name, source),
+             (args.tuned_base, tuned_base, args.base, base)]
     for path, model, start, weights_now in tuned:
         if model and weights_now and model.info.get("source_sha256") != weights.fingerprint(weights_now):
             print(f"note: {path} was tuned from {model.info['source']}; {start} has other weights")
@@ -400,7 +402,7 @@ def text_answers(args, device, models):
             from data import text_files  # an optional file
             asked = text_files.prompts(args.prompts)
         else:
-            asked = [("--prompt", [dict(role="user", content=args.prompt)])]
+            asked = [("--prompt", [dict(role="user", content=args.prompt)], None)]
         answer_prompts(args, asked, [row for row in rows[:others] if row is rows[0] or row.rewards], how,
                        chat or info["template"], tokenizer, ends, room)
     elif args.tasks:
@@ -448,26 +450,29 @@ def conversation(args, models, tokenizer):
 def answer_prompts(args, asked, rows, how, form, tokenizer, ends, room):
     """Prints the answers of each row, and writes them to --answers.
 
-    asked: (name for errors, messages) each. form: a chat template, or a template with {}.
+    asked: (name for errors, messages, reference answer or None) each. form: a chat template, or a template
+    with {}.
     """
     from data import text
     from models import answers, records
     texts, prompts = [], []
-    for name, messages in asked:
+    for name, messages, _ in asked:
         with files.explain(name, ValueError):
             if isinstance(form, dict):
                 from data import chat as chats  # an optional file
-                texts.append(chats.asked(form, messages))
+                parts = [(chats.asked(form, messages), False)]
             elif [message["role"] for message in messages] == ["user"]:
-                texts.append(form.replace("{}", messages[0]["content"]))
+                parts = [(form.replace("{}", messages[0]["content"]), False)]
             else:
-                raise ValueError("messages need --chat-template")
-            prompts.append(tokenizer.begin + tokenizer.encode(texts[-1]))
+                from data import text_files  # an optional file
+                parts = text_files.begun(messages, form)
+            texts.append("".join(part for part, _ in parts))
+            prompts.append(text.token_ids(parts, tokenizer, ends[0])[0])
             if not prompts[-1]:
                 raise ValueError("an empty prompt cannot be continued")
-    text.report_special([[(x["content"], False) for x in messages] for _, messages in asked], tokenizer)
+    text.report_special([[(x["content"], False) for x in messages] for _, messages, _ in asked], tokenizer)
     written = [answers.generate(row, prompts, how, ends, room) for row in rows]
-    for i, (_, messages) in enumerate(asked):
+    for i, (_, messages, _) in enumerate(asked):
         if len(asked) > 1:
             print(f"{i + 1}. {messages[-1]['content']}\n")
         for row, each in zip(rows, written):
@@ -476,7 +481,7 @@ def answer_prompts(args, asked, rows, how, form, tokenizer, ends, room):
             print(f"{shown}:{answers.colored(moved, prompts[i], each[i], tokenizer)}\n")
     if args.answers:
         labeled = dict(zip(map(records.label, rows), written))
-        examples = [(name, [(x, False), (None, True)]) for (name, _), x in zip(asked, texts)]
+        examples = [(name, [(x, False), (truth, True)]) for (name, _, truth), x in zip(asked, texts)]
         files.write_lines(args.answers, records.texts(examples, labeled, tokenizer))
 
 
@@ -487,7 +492,10 @@ def text_table(args, device, models, rows, how, tokenizer, ends, room):
     info, kept = models.rewards[0].info, []  # kept: the answers (ids) of each row
     name = args.data or info["data"]
     is_own_file = args.data and Path(name).is_file()
-    examples = text.load(name, "train" if is_own_file else "test", info.get("chat"))[1][:args.limit]
+    examples = text.load(name, "train" if is_own_file else "test", info.get("chat"))[1]
+    if text.fingerprint(examples) == info.get("examples"):
+        print(f"note: {args.reward[0]} was trained on these examples, but for those of --hold-out")
+    examples = examples[:args.limit]
     prompts = [text.token_ids(parts[:-1], tokenizer, ends[0])[0] for _, parts in examples]
     if not all(prompts):
         raise ValueError(f"{name}: contains an empty prompt, which cannot be continued")

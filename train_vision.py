@@ -12,8 +12,8 @@ all of them, --reward-init to the reward alone. --beta is the unit of the reward
 network's logits (the paper's lambda). It cancels out of the loss unless --alpha is set, the weight of the
 entropy of softmax(reward). Each process computes its part of --batch in --accum micro-batches.
 
-The defaults suit thousands of examples. For 200: --steps 300 --batch 32 --hold-out 0.2 --keep-best. OUT.jsonl
-is the log of a run.
+The defaults suit public weights and thousands of examples. For 200: --steps 300 --batch 32 --hold-out 0.2
+--keep-best, and for a small network of your own a higher --lr, such as 3e-4. OUT.jsonl is the log of a run.
 """
 import torch
 
@@ -85,7 +85,7 @@ def train(args, device, state):
     # The reward model, which starts as a copy of the source, or as --reward-init.
     begin = source
     if args.reward_init not in (None, "copy", "random"):
-        begin = weights.load(args.reward_init, "prt", text=False)
+        begin = weights.load(args.reward_init, "prt", text=False, source=args.source)
         if begin.arch != source.arch or begin.info["classes"] != data.classes:
             raise ValueError(f"--reward-init {args.reward_init}: its architecture or classes are others")
     model = weights.build(info, source.arch, begin.state_dict(), dtype=None)  # shares its weights so far
@@ -133,7 +133,7 @@ def train(args, device, state):
     after = score(test.images, test_logits, test.labels)["accuracy"]
     print(f"{args.source} alone: {before:.2%} on the test split")
     print(f"{args.out}: {after:.2%} on the test split")
-    watch.compare(before, after)
+    watch.compare(args, before, after)
 
 
 if __name__ == "__main__":

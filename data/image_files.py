@@ -63,7 +63,7 @@ def report_skipped(source, skipped):
     """Prints how many files were not read; skipped: Counter of their suffixes."""
     if skipped:
         kinds = ", ".join(f"{kind or 'no suffix'} {n}" for kind, n in skipped.most_common(5))
-        print(f"{source}: {skipped.total()} files not read: {kinds}")
+        print(f"{source}: {skipped.total()} files not read: {kinds} (JPEG, PNG, WebP, BMP, GIF, TIFF are)")
 
 
 def webdataset(fetch, split):
@@ -134,8 +134,10 @@ def open_image(path):
 
 def folder(root, split):
     """Reads root/SPLIT/CLASS/*.jpg, and zeroshot_classification_templates.txt in root if it exists."""
-    if not (root / split).is_dir():
-        raise FileNotFoundError(f"{root}: no folder {split}; it needs train/CLASS/*.jpg and test/CLASS/*.jpg")
+    for name in ("train", "test"):  # both, before the images of one are read
+        if not (root / name).is_dir():
+            raise FileNotFoundError(f"{root}: no folder {name}; it needs train/CLASS/*.jpg and "
+                                    "test/CLASS/*.jpg")
     names = [path.name for path in visible(root / "train") if path.is_dir()]
     samples, skipped = [], Counter()
     for path in visible(root / split):

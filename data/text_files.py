@@ -86,12 +86,15 @@ def parquet_rows(path):
 
 
 def prompts(path):
-    """Returns (name for errors, messages) of each prompt in a file.
+    """Returns (name for errors, messages, reference answer or None) of each prompt in a file.
 
     A .txt file has a prompt in each line; the rows of a .jsonl file have "prompt" or "messages", dicts with
-    role and content. Raises ValueError that names the file and line.
+    role and content. The reference is "response", or the answer that the messages end with. Raises ValueError
+    that names the file and line.
     """
     path, found = Path(path), []
+    if not path.name.endswith((".txt", ".jsonl", ".jsonl.gz")):
+        raise ValueError(f"{path}: its name must end in .txt or .jsonl")
     if path.suffix == ".txt":
         lines = enumerate(files.read_text(path).splitlines(), 1)
         rows = [(f"{path} line {i}", dict(prompt=line)) for i, line in lines if line.strip()]
@@ -99,12 +102,37 @@ def prompts(path):
         rows = jsonl_rows(path)
     for name, row in rows:
         messages = row.get("messages", [dict(role="user", content=row.get("prompt"))])
-        for message in messages or [{}]:
+        messages, reference = [plain(message) for message in messages or [{}]], row.get("response")
+        for message in messages:
             schema.check(message, f"{name}: a prompt, or one of its messages", "message")
-        found.append((name, messages))
+        if messages[-1]["role"] == "assistant" and messages[1:]:
+            *messages, reference = *messages[:-1], messages[-1]["content"]
+        found.append((name, messages, reference))
     if not found:
         raise ValueError(f"{path}: holds no prompt")
     return found
+
+
+def plain(message):
+    """Returns a message with a text as its content, of which OpenAI's form makes a list of parts."""
+    parts = message.get("content") if isinstance(message, dict) else None
+    if parts and isinstance(parts, list) and all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in parts):
+        return message | dict(content="".join(part["text"] for part in parts))
+    return message
+
+
+def begun(messages, template):
+    """Returns the segments of a conversation in Tulu's form, up to where its next answer begins.
+
+    template: that of the reward's training. Raises ValueError if it is another.
+    """
+    if template != TULU:
+        raise ValueError("the reward was trained on prompts, not messages: --chat-template gives them the "
+                         "form of --base's own conversations")
+    parts = [part for message in messages for part in turn("a prompt", message, as_messages=False)]
+    return [*parts, ("<|assistant|>\n", False)]
 
 
 def segments(name, row, unread, as_messages):
@@ -116,7 +144,7 @@ def segments(name, row, unread, as_messages):
                        AttributeError):
         if "messages" in row:
             template, parts = TULU, []
-            for message in row["messages"]:
+            for message in map(plain, row["messages"]):
                 used = {"role", "content", "weight", "train"}
                 unread |= other_keys(name, message, used, REFUSED | {"name"})
                 parts += turn(name, message, as_messages)

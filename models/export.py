@@ -7,7 +7,7 @@ python -m models.export out/lora.pt DIR --table table.json    with the table tha
 The folder holds a whole network, also that of a ticket or of low-rank changes; for images it is the source's
 CLIP with the reward's image tower. What makes it a reward is under "prt" in its config: `--reward DIR` works
 as with the file, and other programs load the network as any other. Refused are GPT-2's architecture, and
-image towers other than ViTs whose source is a single file.
+image towers other than ViTs whose source is a single file, and networks of your own.
 """
 import json
 import tempfile
@@ -137,6 +137,8 @@ def main():
     report = files.read_json(args.table) if args.table else ""
     reward = weights.load(args.reward, "prt", source=args.source)
     info, source = reward.info, args.source or reward.info["source"]
+    if "net" in reward.arch:
+        raise ValueError(f"{args.reward}: a network of your own, of which no other program knows the layout")
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder.parent) as temporary:  # until the folder is whole
         (part := Path(temporary, "part")).mkdir()

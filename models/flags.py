@@ -30,8 +30,8 @@ def training(doc, recipes, warmup):
     p = parser(doc)
     run, recipe, ticket, machine = (p.add_argument_group(name)
                                     for name in ("run", "recipe", "a reward in a small file", "machine"))
-    run.add_argument("--source", help="checkpoint, folder, or Hub id of the frozen model that the reward is "
-                     f"trained on {default('source')}")
+    run.add_argument("--source", help="checkpoint, folder, Hub id, or (images) net.py:old of the frozen "
+                     f"model that the reward is trained on {default('source')}")
     run.add_argument("--method", choices=("prt", "ft", "pretrain"),
                      help="train a reward, a fine-tuned model, or a base, new or --source (default: prt)")
     run.add_argument("--out", help="checkpoint to write, or a folder for it (default: out/DATA-METHOD.pt); "
@@ -49,8 +49,9 @@ def training(doc, recipes, warmup):
                         help=f"of AdamW; paper: 0 {default('weight_decay')}")
     recipe.add_argument("--beta", type=BETA, help=f"scale of the reward {default('beta')}")
     recipe.add_argument("--alpha", type=from_0(float), help=f"entropy bonus, eq. 12 {default('alpha')}")
-    recipe.add_argument("--hold-out", type=from_0(float, below=1), help="share of the training split to "
-                        f"leave to eval.py --beta auto {default('hold_out')}")
+    recipe.add_argument("--hold-out", type=from_0(float, below=1), help="share of the training split that "
+                        "is not trained on: each save is scored on it, and eval.py --beta auto chooses on it "
+                        f"{default('hold_out')}")
     run.add_argument("--keep-best", action="store_true", help="with --hold-out: keep the checkpoint with the "
                      "best held-out score in OUT.best.pt, too")
     ticket.add_argument("--ticket", choices=("random", "base"), help="train a mask over weights that are "

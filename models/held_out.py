@@ -2,12 +2,14 @@
 import argparse
 from pathlib import Path
 
+from tqdm import tqdm
+
 from models import runs
 
 
 def best_file(out):
     """Returns the path for the checkpoint with the best held-out score."""
-    return Path(out).with_suffix(".best.pt")
+    return Path(f"{str(out).removesuffix('.pt')}.best.pt")
 
 
 def check(args):
@@ -24,11 +26,13 @@ def scoring(args, save, add, rows, score):
     """
     def save_and_score(step):
         save(step)
-        if not runs.STOP.signal:
-            add(dict(step=step, held_out=score()))
-            if args.keep_best and best(rows)["step"] == step:
+        if not runs.STOP.stopping:  # on which all processes agree
+            row = dict(step=step, held_out=score())
+            if args.keep_best and best([*rows, row]) is row:
                 out = argparse.Namespace(**vars(args) | dict(out=str(best_file(args.out))))
                 save(step, out, steps=step)  # as the last of a run, without the optimizer's state
+            add(row)
+            tqdm.write(f"held out, after step {step}: {listed(row)}")
     return save_and_score
 
 
@@ -43,6 +47,9 @@ def best(rows):
 def report(args, rows, steps):
     """Prints which save was the best."""
     top = best(rows)
-    words = ", ".join(f"{key} {value:.4f}" for key, value in top["held_out"].items())
     kept = f", kept in {best_file(args.out)}" if args.keep_best else ""
-    print(f"best on held-out examples: step {top['step']} of {steps}, {words}{kept}")
+    print(f"best on held-out examples: step {top['step']} of {steps}, {listed(top)}{kept}")
+
+
+def listed(row):
+    return ", ".join(f"{key} {value:.4f}" for key, value in row["held_out"].items())

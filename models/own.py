@@ -22,14 +22,16 @@ def load(name):
     if name not in flags.NAMED:
         raise PermissionError(f"{name} is code, which is run only if the command names it: --source {name}, "
                               "or another path, if it has moved")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"own_{Path(path).stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     sys.path.append(str(Path(path).parent.absolute()))  # for what it imports
     spec.loader.exec_module(module)
-    network = getattr(module, function, lambda: None)()
+    if not callable(make := getattr(module, function, None)):
+        raise ValueError(f"{path} has no function {function}")
+    network = make()
     if not isinstance(network, torch.nn.Module) or type(getattr(network, "image_size", None)) is not int:
-        raise ValueError(f"{name}: must be a function that returns a torch.nn.Module with an attribute "
-                         "image_size, in pixels")
+        raise ValueError(f"{name} must return a torch.nn.Module with an attribute image_size, in pixels, not "
+                         f"{type(network).__name__}")
     network.arch, network.info = dict(net=name, image_size=network.image_size), dict(kind="classifier")
     return network.eval()
 
@@ -38,7 +40,11 @@ def load(name):
 def checked(network, classes):
     """Returns a network of your own. Raises ValueError unless its logits are those of so many classes."""
     size = network.arch["image_size"]
-    shape = network(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape
+    try:
+        shape = torch.as_tensor(network(torch.zeros(1, 3, size, size, dtype=torch.uint8))).shape
+    except Exception as error:
+        error.add_note(f"{network.arch['net']} was called on one image, uint8 [1, 3, {size}, {size}]")
+        raise
     if shape != (1, len(classes)):
         raise ValueError(f"{network.arch['net']}: its output for one image has shape {[*shape]}, not [1, "
                          f"{len(classes)}] for the data's classes")

@@ -48,7 +48,9 @@ def clip(args, device, state):
 
     runs.place(model, device, compile=args.compile)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    rows, hooks = watch.begin(args, info, model, optimizer, state, args.steps, dict(images=len(data.labels)))
+    used = len(runs.hold_out(len(data.labels), args.hold_out)[0])
+    said = dict(images=f"{used} of {len(data.labels)}")
+    rows, hooks = watch.begin(args, info, model, optimizer, state, args.steps, said)
     history = prt.fit(
         model, indices, fetch, optimizer=optimizer, steps=args.steps,
         warmup=args.steps // 4 if args.warmup is None else args.warmup, accum=args.accum, seed=args.seed,

@@ -77,9 +77,10 @@ def adapt(model, text):
     Returns its number of tokens, and the ids without a reward, as of vocabulary.translate, or None. Raises
     ValueError if the tokenizers do not fit.
     """
-    base, own = Tokenizer(text, "the base's tokenizer"), getattr(model, "info", {}).get("tokenizer")
+    base, info = Tokenizer(text, "the base's tokenizer"), getattr(model, "info", {})
+    own = info.get("tokenizer")
     model.reads, model.size, unshared = None, model.arch["vocab"], None  # not those of an earlier base
-    if own != base.hash and model.info.keys() & {"ticket", "lora"}:
+    if own != base.hash and info.keys() & {"ticket", "lora"}:
         raise ValueError("a reward in a small file has only a hash of its tokenizer: not the base's")
     if own != base.hash and (own := Tokenizer(own, "the reward's tokenizer")).hash != base.hash:
         unshared = vocabulary.translate(model, own, base, "the reward")

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-# Whether prt.fit is running and has made a step, the number of the signal that came (0: none), and when.
-STOP = SimpleNamespace(training=False, signal=0, time=0.0)
+# Whether prt.fit is running and has made a step, whether `stopping` said so, the signal that came (0: none),
+# and when.
+STOP = SimpleNamespace(training=False, stopping=False, signal=0, time=0.0)
 
 
 def main(script, remedy="take a smaller model"):
@@ -26,7 +27,7 @@ def main(script, remedy="take a smaller model"):
 
     remedy: what to do if a GPU's memory does not suffice.
     """
-    STOP.training, STOP.signal, streams = False, 0, (sys.stdout, sys.stderr)
+    STOP.training, STOP.stopping, STOP.signal, streams = False, False, 0, (sys.stdout, sys.stderr)
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr, keep="\r")  # of progress bars
     handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -114,7 +115,8 @@ def stopping():
         dist.all_reduce(number, dist.ReduceOp.MAX)
     if number > STOP.signal:
         STOP.signal, STOP.time = number.item(), time.monotonic()
-    return bool(number)
+    STOP.stopping = bool(number)
+    return STOP.stopping
 
 
 def after_training(out, step, steps):

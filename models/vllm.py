@@ -123,6 +123,7 @@ class PRT(ProcessorV1, ProcessorV2):
         for _, group in itertools.groupby(parts, lambda part: len(part.ids)):
             group = [*group]
             _, slots, starts, ids, _ = map(list, zip(*group))
+            ids = [[min(i, self.size - 1) for i in row] for row in ids]  # rows of the base without a token
             new = self.cache.features(self.model, ids, slots, starts)  # [B, T, D]
             for part, x in zip(group, new):
                 features.append(x[-len(part.rows):])

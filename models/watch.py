@@ -5,6 +5,7 @@ for each log step has the dict of prt.log, lr, and seconds; one for each save, w
 held_out, the scores of which the first one counts.
 """
 import json
+import os
 import time
 from pathlib import Path
 
@@ -35,27 +36,29 @@ def begin(args, info, model, optimizer, state, steps, said, score=None):
     start = weights.restore(args, model, optimizer, state, steps)
     log, device, clock = Path(f"{args.out}.jsonl"), next(model.parameters()).device, time.perf_counter()
     said |= dict(steps=steps, batch=args.batch, device=runs.name_of(device))
-    rows = [dict(args=vars(args), **said, **runs.origin())]
+    rows, before, ends = [dict(args=vars(args), **said, **runs.origin())], 0.0, []
     if start and log.exists():
         with files.explain(f"{log} is damaged; without it the run begins a new one", *files.DAMAGE):
             lines = files.read_text(log).split("\n")[:-1]  # without one that was cut off
-            rows = [row for row in map(files.parse_json, lines) if row.get("step", 0) <= start]
-    before, ends = max(row.get("seconds", 0) for row in rows), []
+            rows = [row for row in map(files.parse_json, lines) if row.get("step", 0) <= start] or rows
+            before = max(row.get("seconds", 0.0) for row in rows)
     writes = not dist.is_initialized() or dist.get_rank() == 0
     if writes:
         files.write_lines(log, rows)
     print("training: " + ", ".join(f"{name} {value}" for name, value in said.items()))
     if steps < 50:
-        epochs = " or --epochs" if "epochs" in args else ""
+        epochs = " or --epochs" if hasattr(args, "epochs") else ""
         print(f"{steps} steps are few: raise --steps{epochs}, or lower --batch")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # prt.log shows the peak
 
     def add(row):
         rows.append(row)
-        if writes:
-            with open(log, "a", encoding="utf-8") as f:
+        try:
+            with open(log if writes else os.devnull, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
+        except OSError as error:  # training goes on
+            tqdm.write(f"{log}: a line is lost: {error}")
 
     def record(row):
         seconds = before + time.perf_counter() - clock
@@ -84,15 +87,15 @@ def end(args, rows, step, steps):
     """
     runs.after_training(args.out, step, steps)
     losses = [row["loss"] for row in rows if "loss" in row]
-    if losses and losses[-1] > losses[0]:
+    if steps >= 50 and losses and losses[-1] > losses[0]:
         print(f"the loss rose from {losses[0]:.4f} to {losses[-1]:.4f}: lower --lr, or raise --batch")
     if any("held_out" in row for row in rows):
         from models import held_out
         held_out.report(args, rows, steps)
 
 
-def compare(before, after):
-    """Says so if a reward has a lower score than its source."""
+def compare(args, before, after):
+    """Says so if a model has a lower score on the test split than its source."""
     if after < before:
-        print("the reward scores below its source: train longer, or lower --lr; on text, --weight-decay or "
-              "--reward-init head may help")
+        more = "; or --weight-decay 1, or --reward-init head" if hasattr(args, "epochs") else ""
+        print(f"{args.out} scores below its source: train longer, or with another --lr{more}")

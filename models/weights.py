@@ -21,7 +21,7 @@ FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_fro
 # The file that tells a folder's layout -> whether it is that of a model for text.
 LAYOUTS = {"open_clip_config.json": False, "config.json": True}
 # Flags that may change when a run is resumed.
-MAY_CHANGE = {"resume", "device", "compile", "out", "chunk", "recompute", "keep_best"}
+MAY_CHANGE = {"resume", "device", "compile", "out", "chunk", "recompute"}
 
 
 # Load
@@ -42,6 +42,8 @@ def load(name, role=None, text=None, dtype=torch.float32, source=None):
     Raises ValueError or OSError that names the file.
     """
     name, path = str(name), Path(name)
+    if name.endswith(".py"):
+        raise ValueError(f"{name}: name a function in it, such as {name}:old")
     if hub.OWN.fullmatch(name):
         if text or role not in (None, "base"):
             raise ValueError(f"{name}: a network of your own can only be a base for images")
@@ -102,8 +104,10 @@ def from_file(path, role, dtype, source):
     if not all(x.isfinite().all() for x in content["model"].values()):
         raise ValueError("a weight is nan or infinite")
     info = {k: v for k, v in content.items() if k != "model"}
-    if "net" in content["arch"] and hub.OWN.fullmatch(source or ""):  # where the file is now
-        info["arch"] = content["arch"] = content["arch"] | dict(net=source)
+    if "net" in content["arch"] and role == "base":
+        raise ValueError("a model tuned from a network of your own, which is no base; a function can load it")
+    if "net" in content["arch"] and Path(source or "").name == Path(content["arch"]["net"]).name:
+        info["arch"] = content["arch"] = content["arch"] | dict(net=source)  # where the file is now
     return build(info, content["arch"], content["model"], dtype)
 
 

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import call, one_line, read
+from conftest import call, call_main, one_line, read
 from test_project import block
 
 import prt
 from data import images
-from models import flags, scores, weights
+from models import export, flags, scores, weights
 
 NET = """
 import torch
@@ -140,9 +140,11 @@ def test_code_that_the_command_does_not_name_is_not_run(tune, folder, tmp_path, 
 
 @pytest.mark.parametrize("source, options, words", [
     ("net.py:four", (), ["net.py:four", "[1, 4]", "[1, 3]"]),
-    ("net.py:sizeless", (), ["net.py:sizeless", "image_size"]),
-    ("net.py:nothing", (), ["net.py:nothing", "torch.nn.Module"]),
-    ("net.py:missing", (), ["net.py:missing", "must be a function"]),
+    ("net.py:sizeless", (), ["net.py:sizeless", "image_size", "Linear"]),
+    ("net.py:nothing", (), ["net.py:nothing", "torch.nn.Module", "NoneType"]),
+    ("net.py:missing", (), ["net.py has no function missing"]),
+    ("net.py:torch", (), ["net.py has no function torch"]),
+    ("net.py", (), ["net.py: name a function in it, such as net.py:old"]),
     ("none.py:old", (), ["none.py:old", "no such file"]),
     ("net.py:old", ("--ticket", "base"), ["--ticket"]),
     ("net.py:old", ("--reward-init", "random"), ["--reward-init random"]),
@@ -152,6 +154,38 @@ def test_what_does_not_go_is_refused(tune, folder, capfd, source, options, words
     line = capfd.readouterr().err.splitlines()[-1]
     assert "error: " in line and all(word in line for word in words)
     assert not (folder / "x.pt").exists()
+
+
+def test_an_error_in_the_network_is_shown_where_it_is(tune, folder):
+    """Catches: The traceback is lost, or nothing says that images are uint8."""
+    (folder / "net.py").write_text(NET.replace("self.body(x)", "self.body[1](x)"))
+    with pytest.raises(RuntimeError) as error:
+        tune("x.pt")
+    assert error.value.__notes__ == ["net.py:old was called on one image, uint8 [1, 3, 32, 32]"]
+
+
+def test_a_file_may_be_a_module_like_any_other(tune, folder):
+    """Catches: What looks up its module by name, as a dataclass, fails."""
+    (folder / "net.py").write_text("from __future__ import annotations\nimport dataclasses\n\n\n"
+                                   "@dataclasses.dataclass\nclass Sizes:\n    width: int = 4\n\n" + NET)
+    assert tune("x.pt") == 0
+
+
+def test_what_was_trained_is_neither_a_base_nor_exported(tune, folder, capfd):
+    assert tune("ft.pt", "--method", "ft") == 0 and tune("x.pt") == 0
+    one_line(tune("y.pt", "--source", "ft.pt"), capfd.readouterr().err, "ft.pt", "no base")
+    flags.NAMED.clear()
+    one_line(call_main(export.main, "export", "x.pt", "shared", "--source", "net.py:old"),
+             capfd.readouterr().err, "x.pt", "a network of your own")
+
+
+def test_another_network_is_not_taken_for_that_of_a_checkpoint(tune, folder, capfd):
+    """Catches: --source, which has the same shapes, computes what the checkpoint says."""
+    assert tune("x.pt") == 0
+    (folder / "other.py").write_text(NET.replace("self.body(x)", "-self.body(x)"))
+    flags.NAMED.clear()
+    one_line(call("eval.py", "--device", "cpu", "--reward", "x.pt", "--source", "other.py:old", "--base",
+                  "net.py:new"), capfd.readouterr().err, "net.py:old")
 
 
 def test_a_network_for_text_is_refused(folder, capfd):

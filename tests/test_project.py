@@ -3,6 +3,7 @@ import ast
 import functools
 import graphlib
 import importlib.util
+import json
 import re
 import shutil
 import tomllib
@@ -245,6 +246,29 @@ def test_the_readme_sorts_cub_into_a_folder_that_data_takes(code, tmp_path, monk
         assert data.templates == ["a photo of a {c}, a type of bird."]
         assert data.labels.tolist() == [0, 1]
         assert data.images[:, 1, 0, 0].tolist() == greens
+
+
+@block("photos")
+def test_the_readme_splits_a_folder_of_classes(code, tmp_path, monkeypatch):
+    """Catches: An image is in both splits or none, or a class is in one only."""
+    for name in ("red", "blue"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            (tmp_path / "photos" / name / f"{i}.png").write_bytes(png((25 * i, 0, 0)))
+    monkeypatch.chdir(tmp_path)
+    run(code)
+    train, test = (images.load("sorted", split, 8).images[:, 0, 0, 0].tolist() for split in ("train", "test"))
+    assert len(test) == 4 and sorted(train + test) == sorted(2 * [*range(0, 250, 25)])
+
+
+@block("csv")
+def test_the_readme_turns_a_table_into_rows(code, tmp_path, monkeypatch):
+    """Catches: A line break or a quote in a cell breaks the row."""
+    (tmp_path / "rows.csv").write_text('question,answer\n"1 + 1,\n""plus""",2\nx,y\n')
+    monkeypatch.chdir(tmp_path)
+    run(code)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert rows == [dict(prompt='1 + 1,\n"plus"', response="2"), dict(prompt="x", response="y")]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("setuptools"), reason="needs setuptools, which pip brings")

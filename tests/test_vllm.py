@@ -221,6 +221,14 @@ def test_requests_of_v2_with_drafts_and_prompts_in_parts(room, reward, tmp_path)
     assert [done[i] for i in range(len(asked))] == answers
 
 
+def test_ids_without_a_token_do_not_end_the_engine(room, reward, tmp_path):
+    """Catches: A prompt of ids that only the base's matrix has ends every request."""
+    processor = room.PRT(config(tmp_path), torch.device("cpu"), False)
+    update = SimpleNamespace(batch_size=1, removed=[], added=[(0, params(None), [SIZE + 2, 5], [])], moved=[])
+    processor.update_state(update)
+    assert processor.apply(base_logits(model(), [[5]])).isfinite().sum() == SIZE
+
+
 @pytest.mark.parametrize("more", [(), ("<think>", "</think>")], ids=["same", "other"])
 def test_the_logits_are_those_of_combine(room, reward, tmp_path, more):
     """Catches: A masked token returns, rows beyond the tokenizer count, or unshared tokens get a reward."""

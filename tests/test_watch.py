@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import figures
 import pytest
 import torch
-from conftest import OLD, TUNE_LM, call, call_main, one_line, read
+from conftest import OLD, TUNE_LM, call, call_main, interrupted, one_line, read
 from PIL import Image
 
 import prt
 from data import images, text
 from data.tokenizer import Tokenizer
-from models import runs, scores, watch, weights
+from models import held_out, runs, scores, watch, weights
 
 
 def log(out):
@@ -86,7 +86,7 @@ def test_a_resumed_run_goes_on_in_its_log(tiny, tmp_path, monkeypatch):
     command = ("train_vision.py", "--data", tiny.data, "--source", tiny.old, "--batch", 8, "--warmup", 0,
                "--out", out, *options)
     def stopping():
-        runs.STOP.signal = 2  # as after Ctrl-C
+        runs.STOP.signal, runs.STOP.stopping = 2, True  # as after Ctrl-C
         return True
 
     with monkeypatch.context() as patch:
@@ -128,15 +128,50 @@ def test_what_a_log_or_the_best_checkpoint_would_replace_is_refused(tiny, tmp_pa
 def test_what_looks_wrong_is_said(capsys):
     """Catches: Silence, or a warning where nothing is wrong."""
     args = SimpleNamespace(out="x.pt", keep_best=False)
-    watch.end(args, [dict(args={}), dict(step=1, loss=2.0), dict(step=2, loss=1.0)], 2, 2)
-    watch.end(args, [dict(args={}), dict(step=1, loss=2.0)], 1, 1)
-    watch.compare(0.5, 0.5)
+    watch.end(args, [dict(args={}), dict(step=50, loss=2.0), dict(step=90, loss=1.0)], 90, 90)
+    watch.end(args, [dict(args={}), dict(step=50, loss=2.0)], 50, 50)
+    watch.end(args, [dict(args={}), dict(step=1, loss=1.0), dict(step=2, loss=2.0)], 2, 2)  # too few to tell
+    watch.compare(args, 0.5, 0.5)
     assert not capsys.readouterr().out
-    watch.end(args, [dict(args={}), dict(step=1, loss=1.0), dict(step=2, loss=2.0)], 2, 2)
-    watch.compare(0.5, 0.4)
+    watch.end(args, [dict(args={}), dict(step=50, loss=1.0), dict(step=90, loss=2.0)], 90, 90)
+    watch.compare(args, 0.5, 0.4)
     rose, below = capsys.readouterr().out.splitlines()
     assert rose == "the loss rose from 1.0000 to 2.0000: lower --lr, or raise --batch"
-    assert below.startswith("the reward scores below its source: ")
+    assert below == "x.pt scores below its source: train longer, or with another --lr"
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(tiny, tmp_path, monkeypatch, capsys):
+    """Catches: A full disk ends training before its checkpoint is written."""
+    out, write = tmp_path / "x.pt", watch.files.write_lines
+
+    def write_and_link(path, rows):
+        write(path, rows)
+        path.unlink()
+        path.symlink_to("/dev/full")
+
+    monkeypatch.setattr(watch.files, "write_lines", write_and_link)
+    assert tune(tiny, out, "--steps", 2) == 0 and read(out)["step"] == 2
+    assert f"{out}.jsonl: a line is lost: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", '{"args": ', '{"args": {}}\n{"step": 1, "seconds": "x"}\n', "[]\n"])
+def test_a_damaged_log_does_not_break_a_resumed_run(tiny, tmp_path, capfd, text):
+    """Catches: A traceback, or a log without its first line."""
+    out = tmp_path / "x.pt"
+    command = ("--steps", 4)
+    interrupted("train_vision.py", "--data", tiny.data, "--source", tiny.old, "--batch", 8, "--warmup", 0,
+                "--out", out, *command)
+    Path(f"{out}.jsonl").write_text(text)
+    code, err = tune(tiny, out, *command, "--resume"), capfd.readouterr().err
+    if text.endswith("\n"):
+        one_line(code, err, "x.pt.jsonl is damaged")
+    else:
+        assert code == 0 and "args" in log(out)[0] and log(out)[-1]["step"] == 4
+
+
+def test_names_with_dots_have_their_own_best_checkpoints():
+    assert held_out.best_file("out/lr0.003") == Path("out/lr0.003.best.pt")
+    assert held_out.best_file("out/x.pt") == Path("out/x.best.pt")
 
 
 @pytest.mark.parametrize("seconds, said", [(10, ["about 3 minutes"]), (1, [])])

@@ -184,9 +184,13 @@ def draw_curves(runs, path):
     """Draws loss and accuracy over the steps of runs, named by their checkpoints or the folder of these."""
     runs = [str(file).removesuffix(".jsonl") for run in runs
             for file in (sorted(Path(run).glob("*.pt.jsonl")) if Path(run).is_dir() else [run])]
-    logs = {out: [json.loads(line) for line in Path(f"{out}.jsonl").read_text("utf-8").splitlines()]
-            for out in runs}
-    steps = max(row.get("step", 0) for log in logs.values() for row in log)
+    logs = {}
+    for out in runs:
+        with files.explain(f"{out}.jsonl", ValueError):  # without a last line that was cut off
+            logs[out] = [json.loads(line) for line in files.read_text(f"{out}.jsonl").split("\n")[:-1]]
+    steps = max((row.get("step", 0) for log in logs.values() for row in log), default=0)
+    if not steps:
+        raise ValueError(f"{', '.join(runs)}: no step is logged so far")
     sheet = Image.new("RGB", (1100, 420 + 22 * len(logs)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for panel, (key, held_out_key) in enumerate((("loss", "nll"), ("accuracy", "accuracy"))):
