@@ -89,7 +89,7 @@ def parse(argv=None):
     if args.run:
         use_run(args)
     if not (args.reward and args.base):
-        p.error("needs --reward and --base, or reward.pt and new.pt in the folder --run")
+        p.error(f"needs --reward and --base, or reward.pt and new.pt in the folder --run {args.run or ''}")
     outputs = dict(json=".json", picture=".png", answers=".jsonl")
     for flag, suffix in outputs.items():  # no other file is overwritten
         name = getattr(args, flag) or suffix

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import FIXTURES
 
-from data import arithmetic, text
+from data import arithmetic, text, text_files
 from data.tokenizer import Tokenizer
 from models import pretrain, runs
 
@@ -60,6 +60,34 @@ def test_every_answer_of_a_dialog_in_the_form_of_tulu_v2_counts_and_nothing_else
         "<|user|>\nTwo\nlines?\n<|assistant|>\n Yes.\n<|endoftext|>")
     counted = [i for i, count in zip(ids, counts) if count]
     assert TOKENIZER.decode(counted) == "Hello!<|endoftext|> Yes.\n<|endoftext|>"
+
+
+def test_parts_of_text_are_joined_and_others_refused(tmp_path):
+    """Catches: Messages in OpenAI's form with parts lose all but the first, or an image is dropped."""
+    parts = [dict(type="text", text="Two"), dict(type="text", text="\nlines?")]
+    row = dict(messages=[dict(role="user", content=parts), dict(role="assistant", content=parts[:1])])
+    _, (found,) = read(write(tmp_path / "x.jsonl", row))
+    assert found[0] == ("<|user|>\nTwo\nlines?\n", False) and ("Two", True) in found
+    for more in (dict(type="image_url", image_url={}), "text", dict(type="text")):
+        row["messages"][0]["content"] = [*parts, more]
+        with pytest.raises(ValueError, match="line 1: content is .*it must be a text"):
+            read(write(tmp_path / "x.jsonl", row))
+
+
+def test_a_conversation_to_answer_has_the_ids_of_training(tmp_path):
+    """Catches: An earlier answer has no end, or the last one is part of the prompt."""
+    messages = [dict(role=role, content=content) for role, content in TALK[:5]]
+    template, (parts,) = read(write(tmp_path / "x.jsonl", dict(messages=messages)))
+    (_, asked, reference), = text_files.prompts(tmp_path / "x.jsonl")
+    assert reference == " Yes.\n" and asked == messages[:-1]
+    found = text.token_ids(text_files.begun(asked, template), TOKENIZER, END)[0]
+    assert found == text.token_ids(parts[:-1], TOKENIZER, END)[0] and END in found
+    with pytest.raises(ValueError, match="trained on prompts, not messages"):
+        text_files.begun(asked, "{}")
+    write(tmp_path / "y.jsonl", dict(prompt="a", response="b"), dict(prompt="c"))
+    assert [row[2] for row in text_files.prompts(tmp_path / "y.jsonl")] == ["b", None]
+    with pytest.raises(ValueError, match="must end in .txt or .jsonl"):
+        text_files.prompts("x.csv")
 
 
 @pytest.mark.parametrize("source", ["x.jsonl", "gsm8k", "arithmetic"])
@@ -181,7 +209,7 @@ BAD = {
     "messages without answer": f'{{"messages": [{ASKED}]}}',
     "message without role": f'{{"messages": [{{"content": "a"}}, {ANSWERED}]}}',
     "asked a number": f'{{"messages": [{{"role": "user", "content": 1}}, {ANSWERED}]}}',
-    "answered parts": '{"messages": [{"role": "assistant", "content": [{"type": "text", "text": "b"}]}]}',
+    "answered parts": '{"messages": [{"role": "assistant", "content": [{"type": "image", "text": "b"}]}]}',
     "one empty answer": f'{{"messages": [{ANSWERED}, {{"role": "assistant", "content": ""}}]}}',
 }
 
