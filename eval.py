@@ -75,7 +75,8 @@ def parse(argv=None):
     table.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     answers.add_argument("--prompt", help="prompt to answer without and with the reward, instead of a table")
     answers.add_argument("--prompts", help="the same for each line of a .txt file, or each row of a .jsonl "
-                         'file, which has a "prompt" or "messages"')
+                         'file, which has a "prompt" or "messages"; a "response", or a last message of the '
+                         "assistant, goes to --answers as the reference")
     answers.add_argument("--new-tokens", type=flags.positive(int), help="per answer, at most (default: 256)")
     answers.add_argument("--temperature", type=flags.number(float, lambda x: x == 0 or 1e-6 <= x <= 1e6,
                          "0, or from 1e-6 to 1e6"), help="0: no sampling (default: 0)")

@@ -106,7 +106,7 @@ def prompts(path):
         for message in messages:
             schema.check(message, f"{name}: a prompt, or one of its messages", "message")
         if messages[-1]["role"] == "assistant" and messages[1:]:
-            *messages, reference = *messages[:-1], messages[-1]["content"]
+            reference = messages.pop()["content"]
         found.append((name, messages, reference))
     if not found:
         raise ValueError(f"{path}: holds no prompt")
