@@ -400,8 +400,8 @@ def text_answers(args, device, models):
         # Without the rows of the source and of tuned models, which --run sets unasked.
         others = [row.method for row in rows].index("source alone") if models.source else len(rows)
         if args.prompts:
-            from data import text_files  # an optional file
-            asked = text_files.prompts(args.prompts)
+            from data import prompts  # an optional file
+            asked = prompts.read(args.prompts)
         else:
             asked = [("--prompt", [dict(role="user", content=args.prompt)], None)]
         answer_prompts(args, asked, [row for row in rows[:others] if row is rows[0] or row.rewards], how,
@@ -465,8 +465,8 @@ def answer_prompts(args, asked, rows, how, form, tokenizer, ends, room):
             elif [message["role"] for message in messages] == ["user"]:
                 parts = [(form.replace("{}", messages[0]["content"]), False)]
             else:
-                from data import text_files  # an optional file
-                parts = text_files.begun(messages, form)
+                from data import prompts as forms  # an optional file
+                parts = forms.begun(messages, form)
             texts.append("".join(part for part, _ in parts))
             prompts.append(text.token_ids(parts, tokenizer, ends[0])[0])
             if not prompts[-1]:

@@ -1,11 +1,7 @@
 """Networks of your own for images, file.py:function (models/own.py): trained, saved, and evaluated."""
-import sys
-from types import SimpleNamespace
-
 import pytest
 import torch
 from conftest import call, call_main, one_line, read
-from test_project import block
 
 import prt
 from data import images
@@ -200,20 +196,3 @@ def test_weights_of_another_network_are_refused(tune, folder, capfd):
     flags.NAMED.clear()
     one_line(call("eval.py", "--device", "cpu", "--reward", "x.pt", "--source", "net.py:old", "--base",
                   "net.py:new"), capfd.readouterr().err, "x.pt", "size mismatch")
-
-
-@block("timm")
-def test_the_network_of_timm_on_the_page(code, folder, monkeypatch):
-    """Catches: The module on the page has no size, or takes other images than the scripts give it."""
-    def create_model(name, num_classes, checkpoint_path):
-        trunk = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
-                                    torch.nn.Linear(3, num_classes))
-        trunk.pretrained_cfg = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-        return trunk
-
-    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
-    (folder / "net.py").write_text(code)
-    flags.NAMED |= {"net.py:old", "net.py:new"}
-    for name in sorted(flags.NAMED):
-        network = weights.load_base(name, dict(kind="classifier", classes=range(10), templates=[]))
-        assert network.arch == dict(net=name, image_size=224)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shutil
+import sys
 import tomllib
 from types import ModuleType, SimpleNamespace
 
@@ -18,7 +19,7 @@ from test_recipes import sizes
 import models
 import prt
 from data import files, images, schema
-from models import pretrain, scores, weights
+from models import flags, pretrain, scores, weights
 from models.clip import classifier
 from models.gpt import GPT
 
@@ -259,6 +260,24 @@ def test_the_readme_splits_a_folder_of_classes(code, tmp_path, monkeypatch):
     run(code)
     train, test = (images.load("sorted", split, 8).images[:, 0, 0, 0].tolist() for split in ("train", "test"))
     assert len(test) == 4 and sorted(train + test) == sorted(2 * [*range(0, 250, 25)])
+
+
+@block("timm")
+def test_the_readme_wraps_a_network_of_timm(code, tmp_path, monkeypatch):
+    """Catches: The module on the page has no size, or takes other images than the scripts give it."""
+    def create_model(name, num_classes, checkpoint_path):
+        trunk = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+                                    torch.nn.Linear(3, num_classes))
+        trunk.pretrained_cfg = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+        return trunk
+
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
+    (tmp_path / "net.py").write_text(code)
+    names = {f"{tmp_path}/net.py:old", f"{tmp_path}/net.py:new"}
+    monkeypatch.setattr(flags, "NAMED", names)
+    for name in sorted(names):
+        network = weights.load_base(name, dict(kind="classifier", classes=range(10), templates=[]))
+        assert network.arch == dict(net=name, image_size=224)
 
 
 @block("csv")

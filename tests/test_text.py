@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import FIXTURES
 
-from data import arithmetic, text, text_files
+from data import arithmetic, prompts, text
 from data.tokenizer import Tokenizer
 from models import pretrain, runs
 
@@ -78,16 +78,16 @@ def test_a_conversation_to_answer_has_the_ids_of_training(tmp_path):
     """Catches: An earlier answer has no end, or the last one is part of the prompt."""
     messages = [dict(role=role, content=content) for role, content in TALK[:5]]
     template, (parts,) = read(write(tmp_path / "x.jsonl", dict(messages=messages)))
-    (_, asked, reference), = text_files.prompts(tmp_path / "x.jsonl")
+    (_, asked, reference), = prompts.read(tmp_path / "x.jsonl")
     assert reference == " Yes.\n" and asked == messages[:-1]
-    found = text.token_ids(text_files.begun(asked, template), TOKENIZER, END)[0]
+    found = text.token_ids(prompts.begun(asked, template), TOKENIZER, END)[0]
     assert found == text.token_ids(parts[:-1], TOKENIZER, END)[0] and END in found
     with pytest.raises(ValueError, match="trained on prompts, not messages"):
-        text_files.begun(asked, "{}")
+        prompts.begun(asked, "{}")
     write(tmp_path / "y.jsonl", dict(prompt="a", response="b"), dict(prompt="c"))
-    assert [row[2] for row in text_files.prompts(tmp_path / "y.jsonl")] == ["b", None]
+    assert [row[2] for row in prompts.read(tmp_path / "y.jsonl")] == ["b", None]
     with pytest.raises(ValueError, match="must end in .txt or .jsonl"):
-        text_files.prompts("x.csv")
+        prompts.read("x.csv")
 
 
 @pytest.mark.parametrize("source", ["x.jsonl", "gsm8k", "arithmetic"])
