@@ -622,3 +622,17 @@ def test_a_prompt_is_answered_with_every_reward_and_beta(names, capsys):
     assert call(*command, "--reward", names["reward"], names["reward"], "--beta", 0.5, 1, "--prompt",
                 "a") == 0
     assert capsys.readouterr().out.count(", beta ") == 6  # two rewards and their sum, at two betas
+
+
+def test_what_makes_a_table_mislead_is_said(in_texts, tmp_path, capsys):
+    """Catches: Scores on trained examples, or of another source than the reward's, pass for others."""
+    out = tmp_path / "x.pt"
+    assert call(*conftest.TUNE_LM, "--steps", 1, "--out", out) == 0
+    trained, other = "was trained on these examples", "was tuned from"
+    command = ("eval.py", "--reward", out, "--base", NEW, "--device", "cpu", "--new-tokens", 4, "--data")
+    for data, options, words in (("sums.jsonl", (), [trained]), ("talk.jsonl", (), []),
+                                 ("talk.jsonl", ("--source", NEW), [other])):
+        capsys.readouterr()
+        assert call(*command, data, *options) == 0
+        printed = capsys.readouterr().out
+        assert [word for word in (trained, other) if word in printed] == words

@@ -202,7 +202,8 @@ def draw_curves(runs, path):
         left = 70 + 540 * panel
         place = axes(pen, font, (left, 50, left + 430, 350), {0: "0", steps: f"{steps} steps"},
                      top_value=1.0 if key == "accuracy" else 1.05 * max(values))
-        pen.text((left, 20), f"{key} (dots: on held-out examples)", "black", font)
+        title = f"{key}, the mean since the last point (dots: on held-out examples)"
+        pen.text((left, 20), title, "black", font)
         for i, out in enumerate(logs):
             color = COLORS[i % len(COLORS)]
             pen.line([place(*point) for point in trained[out]], color, 2)
