@@ -21,7 +21,7 @@ CORES = {"train_vision.py": ([*IMAGES, "models/watch.py", "train_vision.py"], 15
                             "models/cache.py"], 2157)}
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENDMARKER}
-ROOM, TOTAL, METHOD, FIT, TESTS, COLUMNS = 120, 4627, 300, 60, 9352, 110
+ROOM, TOTAL, METHOD, FIT, TESTS, COLUMNS = 120, 4627, 300, 60, 9361, 110
 
 
 def code_lines(source):

@@ -177,6 +177,13 @@ def test_both_splits_of_a_folder_number_their_classes_alike(tmp_path, file, temp
         check(images.load(str(root), split, 32), labels, ["blue", "deep red"], templates)
 
 
+def test_a_missing_split_is_found_before_the_images_of_the_other_are_read(tmp_path):
+    """Catches: Minutes of reading, and the mending of broken images, for a folder that cannot be used."""
+    root = write_files(tmp_path / "photos", {"train/red/a.png": b"broken"})
+    with pytest.raises(FileNotFoundError, match="no folder test; it needs"):
+        images.load(str(root), "train", 32)
+
+
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
     """A small archive in CIFAR-100's form, whose hash the code now expects, and its pixels."""

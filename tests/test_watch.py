@@ -85,12 +85,14 @@ def test_a_resumed_run_goes_on_in_its_log(tiny, tmp_path, monkeypatch):
     out, options = tmp_path / "x.pt", ("--steps", 4, "--hold-out", 0.25)
     command = ("train_vision.py", "--data", tiny.data, "--source", tiny.old, "--batch", 8, "--warmup", 0,
                "--out", out, *options)
-    def stopping():
-        runs.STOP.signal, runs.STOP.stopping = 2, True  # as after Ctrl-C
-        return True
+    stopping = runs.stopping
+
+    def stop():
+        runs.STOP.signal = 2  # as after Ctrl-C
+        return stopping()
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "stopping", stopping)
+        patch.setattr(runs, "stopping", stop)
         assert call(*command) == 130
     before = log(out)
     step = before[-1]["step"]
