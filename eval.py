@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 import prt
 from data import files
@@ -330,8 +329,8 @@ def image_table(args, device, models):
 
     def quality(row):
         log_probs = prt.combine(row.base, row.rewards, held_out_logits.get)
-        return (scores.accuracy(log_probs, labels[held_out]),
-                -F.nll_loss(log_probs, labels[held_out]).item())
+        means = scores.classification(log_probs, labels[held_out])
+        return means["accuracy"], -means["nll"]
 
     results, scored, sizes = [], {}, file_bytes(args, models)  # scored: label of the row -> [N, L]
     batches = {model: tests[model].images[:args.batch].to(device) for model in used}
@@ -340,8 +339,8 @@ def image_table(args, device, models):
         run = [row.base, *(model for _, model in row.rewards)]
         seconds, mib, _ = measure(
             run, lambda run=run: [scores.predict(m, batches[m], args.batch).cpu() for m in run], device)
-        results.append(dict(method=row.method, beta=row.beta, top1=scores.accuracy(log_probs, data.labels),
-                            nll=F.nll_loss(log_probs, data.labels).item(),
+        means = scores.classification(log_probs, data.labels)
+        results.append(dict(method=row.method, beta=row.beta, top1=means["accuracy"], nll=means["nll"],
                             kl=prt.kl(log_probs, logits[row.kl_base]).mean().item(),
                             ms=1000 * seconds / min(args.batch, len(data.labels)), mib=mib,
                             bytes=sum(sizes.get(model, 0) for model in run) if sizes else None))

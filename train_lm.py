@@ -153,12 +153,12 @@ def train(args, device, state):
     watch.end(args, rows, history[-1]["step"], steps)
 
     if test:
-        found = {name: score(test, torch.arange(len(test.ids)), added)
-                 for name, added in (({args.source: []} if source else {}) | {args.out: rewards}).items()}
+        added = {args.source: [], args.out: rewards} if source else {args.out: rewards}
+        found = {name: score(test, torch.arange(len(test.ids)), terms) for name, terms in added.items()}
         for name, means in found.items():
             print(f"{name}: " + "NLL {nll:.3f} per token, {accuracy:.2%} of the tokens".format(**means))
-        first, last = ([*found.values()][k]["nll"] for k in (0, -1))
-        watch.compare(args, -first, -last)
+        if source:
+            watch.compare(args, -found[args.source]["nll"], -found[args.out]["nll"])
 
 
 def load_models(args, chat=None):

@@ -101,10 +101,12 @@ def train(args, device, state):
     runs.place(model, device, frozen if args.lora else torch.float32, compile=args.compile)
     held = runs.hold_out(len(data.labels), args.hold_out)[1]
     test_logits = scores.predict(source, test.images)
-    held_logits = scores.predict(source, data.images[held]) if len(held) else None
     pixels, labels = runs.move_if_it_fits(data.images, device), data.labels.to(device)
-    if not args.augment:  # with it, the images differ in every step, and the source runs in each of them
+    if args.augment:  # the images differ in every step, and the source runs in each of them
+        held_logits = scores.predict(source, data.images[held]) if len(held) else None
+    else:
         source, source_logits = None, scores.predict(source, pixels)  # [N, L]
+        held_logits = source_logits[held]
 
     def fetch(i, generator):
         x, y = runs.take(pixels, i, device), runs.take(labels, i, device)
@@ -113,8 +115,7 @@ def train(args, device, state):
         return (x,), y, runs.take(source_logits, i, device)
 
     def score(x, base_logits, y):  # of the source with the reward
-        logits = scores.predict(model, x)
-        r = prt.reward(logits, base_logits if args.method == "ft" else None, args.beta)
+        r = prt.reward(scores.predict(model, x), base_logits if args.method == "ft" else None, args.beta)
         return scores.classification(prt.tilt(base_logits, r, args.beta), y)
 
     # Algorithm 1

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 
-from data import files, hub, images, schema
+from data import files, hub, schema
 from models import flags, gpt, runs, weights
-from models.clip import classifier
 
 # model_type -> class in transformers, and what tells the architecture; the first that fits counts.
 FAMILIES = dict(
@@ -66,7 +65,7 @@ def write_clip(folder, reward, source):
     Raises ValueError if it is not the CLIP that the reward was trained on, or has no config.
     """
     info, arch, clip = reward.info, reward.arch, weights.load(source, "base", text=False)
-    zero_shot = classifier(clip, images.prompts(info["classes"], info["templates"]))
+    zero_shot = weights.as_classifier(clip, info["classes"], info["templates"])
     if weights.fingerprint(zero_shot) != info["source_sha256"]:
         raise ValueError(f"{source} has other weights than the CLIP that the reward was trained on: --source")
     if not Path(source).is_file():
@@ -108,7 +107,7 @@ def restored(model, entries):
     is_text = model.info["kind"] == "gpt"
     schema.check(entries, "its config: prt", "tuned", "exported_gpt" if is_text else "classifier_checkpoint")
     if not is_text:
-        model = classifier(model, images.prompts(entries["classes"], entries["templates"]))
+        model = weights.as_classifier(model, entries["classes"], entries["templates"])
         model.info = dict(kind="classifier")
     model.info |= entries
     return model

@@ -24,7 +24,7 @@ def clip(args, device, state):
     from, or None. Raises ValueError if the captions exceed the vocabulary or the context of --source.
     """
     from data import images
-    from models.clip import CLIP, classifier, resize
+    from models.clip import CLIP, resize
     model = weights.load(args.source, "base", text=False) if args.source else CLIP(CLIPS[args.size])
     size = model.arch["image_size"]
     data = images.load(args.data, "captioned" if args.data == "shapes" else "train", size)
@@ -58,7 +58,7 @@ def clip(args, device, state):
     watch.end(args, rows, history[-1]["step"], args.steps)
 
     saved = weights.load(args.out, "base", text=False)
-    saved = classifier(saved, images.prompts(data.classes, data.templates), device).to(device)
+    saved = weights.as_classifier(saved, data.classes, data.templates, device).to(device)
     logits = scores.predict(saved, test.images)
     print(f"{args.out}: {scores.accuracy(logits, test.labels):.2%} on the test split")
 

@@ -23,8 +23,7 @@ def accuracy(scores, labels):
 
 def classification(log_probs, labels):
     """Returns a dict of accuracy in [0, 1] and mean nll in nats, for log_probs [N, L] and labels [N]."""
-    nll = F.nll_loss(log_probs.cpu(), labels.cpu()).item()
-    return dict(accuracy=accuracy(log_probs, labels), nll=nll)
+    return dict(accuracy=accuracy(log_probs, labels), nll=F.nll_loss(log_probs.cpu(), labels.cpu()).item())
 
 
 def score_texts(base, rewards, batches, chunk=512, kl_base=None):

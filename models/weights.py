@@ -134,9 +134,9 @@ def load_base(name, info, dtype=torch.float32, device=None):
     device: where the text tower of that runs.
     """
     model = load(name, "base", info["kind"] == "gpt", dtype)
-    if info["kind"] != "gpt":
-        model = as_classifier(model, info["classes"], info["templates"], device)
-    return model
+    if info["kind"] == "gpt":
+        return model
+    return as_classifier(model, info["classes"], info["templates"], device)
 
 
 def as_classifier(model, classes, templates, device=None):
